@@ -1,0 +1,40 @@
+"""What can be wrong with the input, as exceptions whose message names the cure.
+
+Each class stands for one kind of fault and carries the exit code that the command line returns for it
+(2: how it was called; 3: what it was given). They derive from the built-in exception a caller would expect,
+so that ``except ValueError`` in an existing program keeps working.
+"""
+
+from __future__ import annotations
+
+
+class TorchflatError(Exception):
+    """Base of all errors that are the input's, not the library's. ``exit_code`` is for the command line."""
+
+    exit_code = 3
+
+
+class UsageError(TorchflatError, ValueError):
+    """The call itself is off: a flag, an option, a configuration, a task's address, an output folder."""
+
+    exit_code = 2
+
+
+class CheckpointError(TorchflatError, ValueError):
+    """The checkpoint is missing, damaged, unsafe to read, or does not fit the model."""
+
+
+class DataError(TorchflatError, ValueError):
+    """The data is empty, changes between passes, or does not fit the model or the loss."""
+
+
+class LossError(TorchflatError, ValueError):
+    """The loss is no scalar mean, does not depend on the parameters, or cannot be differentiated twice."""
+
+
+class NonFiniteError(TorchflatError, ArithmeticError):
+    """A loss, gradient, product or parameter holds NaN or infinity."""
+
+
+class ReproducibilityError(TorchflatError, RuntimeError):
+    """Two evaluations at the same point on the same rows differ: the model or its data is random."""

@@ -1,0 +1,5 @@
+"""f, ∇f and H·V over data at a point."""
+
+from torchflat.objective.objective import Objective
+
+__all__ = ["Objective"]

@@ -1,0 +1,199 @@
+"""The Lanczos process: a random start, full reorthogonalisation, and scalars in float64."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from torchflat import ops
+from torchflat.objective import Objective
+from torchflat.objective.memory import Memory
+from torchflat.spectrum.bounds import polynomial_upper_bound
+
+__all__ = ["Krylov", "random_unit_vector"]
+
+# Rows are reserved once, as much as half the memory budget holds; on the CPU they cost nothing until they are written.
+LARGEST_BASIS = 1024
+SMALLEST_BASIS = 16
+# Rounding in orthogonalisation and in T, in units of ε·‖T‖. Independent of n, because sums are taken in float64.
+REDUCTION_ULPS = 64
+# Products were seen to err in directions outside the Krylov space too: margin on what is measured inside it.
+MARGIN = 4
+
+
+def random_unit_vector(n: int, seed: int, stream: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A vector uniform on the unit sphere, the same for the same seed on every device.
+
+    ``stream`` names its purpose, so that two computations with one seed do not share their randomness.
+    """
+    digest = hashlib.sha256(f"{seed}/{stream}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    vector = torch.randn(n, generator=generator, dtype=torch.float64)
+    return (vector / torch.linalg.vector_norm(vector)).to(device, dtype)
+
+
+class Krylov:
+    """Lanczos on a symmetric operator restricted to the complement of ``deflated``.
+
+    After k steps, with V the (k, n) rows of :attr:`basis` and T = tridiag(β, α, β),
+
+        P H Vᵀ = Vᵀ T + βₖ v eₖᵀ,      P = I − YᵀY,   Y = deflated (m, n) orthonormal rows.
+
+    The start is uniform on the unit sphere of that complement, of dimension n − m: what :meth:`upper` rests on.
+    Numbers are kept in units of a power of two near ‖H u‖, so that neither tiny nor huge curvature under- or overflows.
+    """
+
+    def __init__(
+        self,
+        product: Callable[[Tensor], Tensor],
+        n: int,
+        *,
+        seed: int,
+        stream: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        memory: Memory,
+        deflated: Tensor | None = None,
+    ) -> None:
+        self._product, self._memory = product, memory
+        self.n, self.dtype, self.device = n, dtype, device
+        self._fixed = 0 if deflated is None else deflated.shape[0]
+        self.alphas: list[float] = []
+        self.betas: list[float] = []
+        self.scale = 1.0
+        self.rounding = 0.0
+        self.exhausted = False
+        self._eigen: tuple[Tensor, Tensor] | None = None
+        affordable = memory.total // (2 * n * torch.finfo(dtype).bits // 8)
+        capacity = self._fixed + min(self.dimension, LARGEST_BASIS, max(SMALLEST_BASIS, affordable))
+        self._rows = torch.empty(capacity, n, dtype=dtype, device=device)
+        self._written = 0
+        for row in deflated if deflated is not None else ():
+            self._write(row)
+        start = random_unit_vector(n, seed, stream, torch.float64, device)
+        self._write(start / self._orthogonalise(start)[1])
+
+    @classmethod
+    def of(cls, f: Objective, seed: int, stream: str, deflated: Tensor | None = None) -> Krylov:
+        """The process for H = ∇²f(x)."""
+        return cls(
+            lambda row: f.products(row[None])[0],
+            f.n, seed=seed, stream=stream, dtype=f.dtype, device=f.device, memory=f.memory, deflated=deflated,
+        )  # fmt: skip
+
+    @property
+    def steps(self) -> int:
+        """Number of products taken."""
+        return len(self.alphas)
+
+    @property
+    def dimension(self) -> int:
+        """Dimension of the space that the start was drawn from."""
+        return self.n - self._fixed
+
+    @property
+    def full(self) -> bool:
+        """Whether the memory budget has no room for another step."""
+        return self._fixed + self.steps == self._rows.shape[0] and not self.exhausted
+
+    @property
+    def basis(self) -> Tensor:
+        """The k Lanczos vectors, as rows."""
+        return self._rows[self._fixed : self._fixed + self.steps]
+
+    @property
+    def norm(self) -> float:
+        """‖T‖, in the units of H."""
+        return self.scale * max(map(abs, self._ritz_values()), default=0.0)
+
+    def step(self) -> None:
+        """One product, one more row of the basis and of T."""
+        residual = self._product(self._rows[self._written - 1]).double()
+        if not self.alphas:
+            self.scale = _power_of_two(float(residual.abs().max()))
+        residual /= self.scale
+        coefficients, norm = self._orthogonalise(residual)
+        self._measure_rounding(coefficients[self._fixed : -1])
+        self.alphas.append(coefficients[-1])
+        self._eigen = None
+        size = max(abs(self.alphas[-1]), norm, *self.betas[-1:])
+        noise = max(self.rounding, 4 * torch.finfo(self.dtype).eps * size)
+        # A residual below rounding has no direction of its own: the space is invariant as far as can be seen.
+        self.exhausted = self.steps == self.dimension or norm <= noise
+        self.betas.append(max(norm, noise))
+        if not self.exhausted and not self.full:
+            self._write(residual / norm)
+
+    def worth_a_look(self) -> bool:
+        """Whether to diagonalise T now: at every step at first, and later often enough to overshoot by 3 % at most."""
+        return self.exhausted or self.full or self.steps % max(1, self.steps // 32) == 0
+
+    def ritz(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues of T ascending, in the units of H, and eigenvectors as columns (float64, on the CPU)."""
+        if self._eigen is None:
+            t = torch.diag(torch.tensor(self.alphas, dtype=torch.float64))
+            off = torch.tensor(self.betas[:-1], dtype=torch.float64)
+            self._eigen = torch.linalg.eigh(t + torch.diag(off, 1) + torch.diag(off, -1))
+        values, vectors = self._eigen
+        return values * self.scale, vectors
+
+    def vectors(self, coefficients: Tensor) -> Tensor:
+        """Rows Σ cᵢ vᵢ for the columns c of ``coefficients`` (k, m): a (m, n) tensor of unit rows."""
+        rows = coefficients.T.to(self.device, self.dtype) @ self.basis
+        return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64).to(self.dtype)
+
+    def residuals(self) -> Tensor:
+        """‖H y − θ y‖ for every Ritz pair, ascending in θ: βₖ times the last components."""
+        return self.scale * self.betas[-1] * self.ritz()[1][-1].abs()
+
+    def upper(self, delta: float) -> float:
+        """Bound on the largest eigenvalue of P H P, which holds with probability at least 1 − δ (T090), less rounding."""
+        return self.scale * self._bound(self._ritz_values(), delta)
+
+    def lower(self, delta: float) -> float:
+        """The same for the smallest eigenvalue."""
+        return -self.scale * self._bound([-value for value in self._ritz_values()], delta)
+
+    def floor(self) -> float:
+        """Rounding allowance from what this run measured: T's off-diagonal noise, and ε·‖T‖ for the reductions."""
+        return MARGIN * self.scale * self.rounding + REDUCTION_ULPS * torch.finfo(self.dtype).eps * self.norm
+
+    def _bound(self, ritz: list[float], delta: float) -> float:
+        complete = self.steps == self.dimension or 0.0 in self.betas
+        log_couplings = -math.inf if complete else sum(map(math.log, self.betas))
+        return polynomial_upper_bound(ritz, log_couplings, self.dimension, delta)
+
+    def _ritz_values(self) -> list[float]:
+        return (self.ritz()[0] / self.scale).tolist() if self.alphas else []
+
+    def _orthogonalise(self, vector: Tensor) -> tuple[list[float], float]:
+        coefficients, norm = ops.orthogonalize_(self._rows[: self._written], vector)
+        *removed, left = torch.cat([coefficients, norm.reshape(1)]).tolist()
+        return removed, left
+
+    def _measure_rounding(self, coefficients: list[float]) -> None:
+        # In exact arithmetic ⟨vᵢ, H vₖ⟩ is zero for i < k − 1 and βₖ₋₁ for i = k − 1. What is left is the rounding of
+        # products and dots, seen inside the space for nothing.
+        if coefficients:
+            noise = [*coefficients[:-1], coefficients[-1] - self.betas[-1]]
+            self.rounding = max(self.rounding, math.sqrt(sum(value * value for value in noise)))
+
+    def _write(self, row: Tensor) -> None:
+        self._rows[self._written] = row
+        self._written += 1
+        self._memory.vectors += self._rows[0].nbytes
+
+    def release(self) -> None:
+        """Give the basis back to the memory budget. T, and all that rests on it, stays."""
+        self._memory.vectors -= self._written * self._rows[0].nbytes
+        self._rows, self._written = self._rows[:0], 0
+
+
+def _power_of_two(amplitude: float) -> float:
+    if amplitude == 0:
+        return 1.0
+    return 2.0 ** min(max(math.frexp(amplitude)[1], -1000), 1000)
