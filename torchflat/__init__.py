@@ -1,7 +1,19 @@
 """torchflat: how sharp is the minimum that a network was trained to, in numbers that carry an interval."""
 
 from torchflat.objective import Objective
+from torchflat.result import Cost, Interval, Status
+from torchflat.spectrum import block_sharpness, eigenpairs, sharpness, spectral_density, trace
 
 __version__ = "0.1.0"
 
-__all__ = ["Objective"]
+__all__ = [
+    "Cost",
+    "Interval",
+    "Objective",
+    "Status",
+    "block_sharpness",
+    "eigenpairs",
+    "sharpness",
+    "spectral_density",
+    "trace",
+]

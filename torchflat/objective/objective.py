@@ -272,10 +272,11 @@ class Objective:
             raise UsageError(f"subset({size}): the data has {self.rows} rows")
         return self._derived(self._term, self._batches.subset(size, seed), self._x)
 
-    def rounding_error(self, vectors: Tensor) -> float:
-        """Largest ‖H v − H₆₄ v‖ over the rows v of ``vectors`` (k, n), with H₆₄ computed in float64.
+    def rounding_error(self, vectors: Tensor, quadratic: bool = False) -> float:
+        """Largest ‖H v − H₆₄ v‖, or |vᵀ(H − H₆₄)v| if ``quadratic``, over the rows v of ``vectors`` (k, n).
 
-        Measured on a sample of rows of the data; 0 where the working precision is float64 already.
+        H₆₄ is computed in float64. Measured on a sample of rows of the data; 0 where the working precision is float64
+        already, and for a function of x, which has no second precision.
         """
         if self.dtype == torch.float64 or isinstance(self._term, FunctionTerm):
             return 0.0
@@ -285,8 +286,9 @@ class Objective:
             exact = sample._derived(self._term.converted(torch.float64), sample._batches, self._x.double())
             self._sample_pair = sample, exact
         sample, exact = self._sample_pair
-        difference = sample.products(vectors.to(self.dtype)).double() - exact.products(vectors.to(self.dtype).double())
-        return float(torch.linalg.vector_norm(difference, dim=1).max())
+        vectors = vectors.to(self.dtype)
+        error = sample.products(vectors).double() - exact.products(vectors.double())
+        return float(((error * vectors).sum(1).abs() if quadratic else torch.linalg.vector_norm(error, dim=1)).max())
 
     def _first_batch(self) -> Objective:
         first = next(iter(self._batches))

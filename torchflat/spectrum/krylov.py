@@ -106,13 +106,18 @@ class Krylov:
         return self._rows[self._fixed : self._fixed + self.steps]
 
     @property
+    def latest(self) -> Tensor:
+        """The vector that the next step takes the product of."""
+        return self._rows[self._written - 1]
+
+    @property
     def norm(self) -> float:
         """‖T‖, in the units of H."""
         return self.scale * max(map(abs, self._ritz_values()), default=0.0)
 
     def step(self) -> None:
         """One product, one more row of the basis and of T."""
-        residual = self._product(self._rows[self._written - 1]).double()
+        residual = self._product(self.latest).double()
         if not self.alphas:
             self.scale = _power_of_two(float(residual.abs().max()))
         residual /= self.scale
