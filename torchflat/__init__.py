@@ -1,5 +1,8 @@
 """torchflat: how sharp is the minimum that a network was trained to, in numbers that carry an interval."""
 
+from torchflat.audit.report import Report
+from torchflat.audit.run import audit
+from torchflat.audit.task import Task
 from torchflat.objective import Objective
 from torchflat.result import Cost, Interval, Status
 from torchflat.spectrum import block_sharpness, eigenpairs, sharpness, spectral_density, trace
@@ -10,7 +13,10 @@ __all__ = [
     "Cost",
     "Interval",
     "Objective",
+    "Report",
     "Status",
+    "Task",
+    "audit",
     "block_sharpness",
     "eigenpairs",
     "sharpness",

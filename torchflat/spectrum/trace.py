@@ -20,8 +20,8 @@ from torchflat.spectrum.student import t_quantile
 
 __all__ = ["Trace", "trace"]
 
-SKETCH = 8
-PILOT = 8
+SKETCH = 16
+PILOT = 16
 # Where the probes wanted are more than there are parameters, one product for each of these gives the trace exactly.
 LARGEST_EXACT = 1024
 
@@ -40,19 +40,19 @@ class Trace(Interval):
 
 def trace(
     f: Objective,
-    rtol: float = 5e-2,
+    rtol: float = 1e-1,
     confidence: float = 0.99,
     seed: int = 0,
-    budget: float = 200.0,
+    budget: float = 400.0,
     *,
     basis: Tensor | None = None,
     callback: Callback | None = None,
 ) -> Trace:
     """tr ∇²f(x) = tr QᵀHQ + tr (I−QQᵀ)H(I−QQᵀ): the first exactly, the second from random probes (Hutch++).
 
-    Q (n, m) spans where H is large: ``basis`` with orthonormal columns if it is known (eigenvectors), else the image of
-    a few random vectors. Probes g are uniform on the sphere of the complement, each giving (n−m)·gᵀHg. A pilot of
-    8 tells how many are needed (Stein's two stages), so that the t-interval with the pilot's variance holds although the
+    Q (n, m) spans where H is large: the image of a few random vectors, and of ``basis`` (orthonormal columns, such as
+    eigenvectors) if there is one. Probes g are uniform on the sphere of the complement, each giving (n−m)·gᵀHg. A pilot
+    of 16 tells how many are needed (Stein's two stages), so that the t-interval with the pilot's variance holds although the
     number of probes depends on the data. If n is no larger than that, the trace is exact.
 
     CONVERGED means that the interval is at most rtol·|value| + atol wide.
@@ -67,12 +67,12 @@ def trace(
     run = Run(f, rtol, None, confidence, budget, callback)
     if f.n <= SKETCH + PILOT:
         rows = torch.eye(f.n, dtype=f.dtype, device=f.device)
-    elif basis is None:
+    else:
         streams = [f"trace/sketch/{i}" for i in range(SKETCH)]
         sketch = torch.stack([random_unit_vector(f.n, seed, stream, f.dtype, f.device) for stream in streams])
+        if basis is not None:
+            sketch = torch.cat([sketch - (sketch @ basis) @ basis.T, basis.T])
         rows = _range(f.products(sketch))
-    else:
-        rows = basis.T.contiguous()
     answer = _sampled(f, run, seed, rows)
     run.warn(answer.status, "trace")
     return answer

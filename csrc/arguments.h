@@ -1,0 +1,129 @@
+// What the kernels accept, read through the stable ABI: checks, element types, pointers.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+#include <torch/headeronly/util/shim_utils.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "arithmetic.h"
+
+namespace torchflat {
+
+using torch::stable::Tensor;
+
+enum class Kind : int32_t { float64, float32, bfloat16, float16 };
+
+inline Kind kind_of(const Tensor& tensor) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  if (dtype == aoti_torch_dtype_float32()) return Kind::float32;
+  if (dtype == aoti_torch_dtype_float64()) return Kind::float64;
+  if (dtype == aoti_torch_dtype_bfloat16()) return Kind::bfloat16;
+  STD_TORCH_CHECK(
+      dtype == aoti_torch_dtype_float16(), "torchflat.ops: tensors must be floating point: use .double() or .float()");
+  return Kind::float16;
+}
+
+// Call `function` with a value of the element type that `kind` names.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable  // `function` is a host or a device function, as the caller is
+#endif
+template <class Function>
+TORCHFLAT_INLINE void visit(Kind kind, Function&& function) {
+  switch (kind) {
+    case Kind::float64: return function(double{});
+    case Kind::float32: return function(float{});
+    case Kind::bfloat16: return function(c10::BFloat16{});
+    case Kind::float16: return function(c10::Half{});
+  }
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::string text = "(";
+  for (const int64_t size : tensor.sizes()) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  return text + (tensor.dim() == 1 ? ",)" : ")");
+}
+
+struct Basis {
+  const void* data;
+  Kind kind;
+  int64_t rows;
+  int64_t columns;
+  int64_t stride;  // elements from one row to the next
+};
+
+inline Basis checked_basis(const Tensor& basis, const Tensor& vector) {
+  STD_TORCH_CHECK(
+      basis.dim() == 2 && vector.dim() == 1 && basis.size(1) == vector.size(0),
+      "orthogonalize_: basis must be (k, n) and vector (n,), got ", shape_of(basis), " and ", shape_of(vector));
+  STD_TORCH_CHECK(
+      kind_of(vector) == Kind::float64,
+      "orthogonalize_: vector must be float64: use vector.double()");
+  STD_TORCH_CHECK(
+      (basis.size(0) == 0 || basis.size(1) <= 1 || basis.stride(1) == 1) && vector.is_contiguous(),
+      "orthogonalize_: the rows of basis and the vector must be contiguous: use .contiguous()");
+  STD_TORCH_CHECK(basis.device() == vector.device(), "orthogonalize_: basis and vector are on different devices");
+  return {basis.const_data_ptr(), kind_of(basis), basis.size(0), basis.size(1), basis.stride(0)};
+}
+
+// A run of elements of one pair of tensors: what one thread (CPU) or block (CUDA) works on at a time.
+struct Chunk {
+  void* left;
+  const void* right;
+  int32_t count;
+  Kind left_kind;
+  Kind right_kind;
+};
+
+struct Chunks {
+  std::vector<Chunk> list;
+  std::vector<Tensor> copies;  // contiguous stand-ins, kept alive as long as the chunks point into them
+  int64_t elements = 0;
+};
+
+inline int64_t element_size(Kind kind) { return kind == Kind::float64 ? 8 : kind == Kind::float32 ? 4 : 2; }
+
+// Cut a list of pairs into chunks of at most `size` elements, in order. With `write`, the left tensors are written to
+// and must be contiguous.
+inline Chunks checked_chunks(
+    const std::vector<Tensor>& left, const std::vector<Tensor>& right, int64_t size, bool write, const char* name) {
+  STD_TORCH_CHECK(
+      left.size() == right.size() && !left.empty(), name, ": the lists must have the same length, at least 1, got ",
+      left.size(), " and ", right.size());
+  Chunks chunks;
+  chunks.list.reserve(left.size());
+  const auto device = left[0].device();
+  for (size_t index = 0; index < left.size(); ++index) {
+    Tensor a = left[index], b = right[index];
+    const auto a_sizes = a.sizes(), b_sizes = b.sizes();
+    STD_TORCH_CHECK(
+        a_sizes.size() == b_sizes.size() && std::equal(a_sizes.begin(), a_sizes.end(), b_sizes.begin()), name, ": pair ",
+        index, " has different shapes, ", shape_of(a), " and ", shape_of(b));
+    STD_TORCH_CHECK(a.device() == device && b.device() == device, name, ": pair ", index, " is on another device");
+    STD_TORCH_CHECK(!write || a.is_contiguous(), name, ": the tensors of y must be contiguous");
+    if (!a.is_contiguous()) chunks.copies.push_back(a = torch::stable::contiguous(a));
+    if (!b.is_contiguous()) chunks.copies.push_back(b = torch::stable::contiguous(b));
+    const Kind a_kind = kind_of(a), b_kind = kind_of(b);
+    auto* a_data = static_cast<char*>(write ? a.mutable_data_ptr() : const_cast<void*>(a.const_data_ptr()));
+    const auto* b_data = static_cast<const char*>(b.const_data_ptr());
+    const int64_t count = a.numel();
+    for (int64_t start = 0; start < count; start += size) {
+      chunks.list.push_back(
+          {a_data + start * element_size(a_kind), b_data + start * element_size(b_kind),
+           static_cast<int32_t>(std::min(size, count - start)), a_kind, b_kind});
+    }
+    chunks.elements += count;
+  }
+  return chunks;
+}
+
+}  // namespace torchflat

@@ -1,0 +1,460 @@
+"""Kernels against known answers, the compiled ones against their twins, and what both refuse."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchflat import ops
+from torchflat.ops import library, reference
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+EPS = torch.finfo(torch.float64).eps
+# Lengths around the lanes, the tiles and the chunks of the kernels.
+LENGTHS = (1, 7, 8, 31, 33, 255, 256, 257, 1000, 4097, 16384, 16385, 70001)
+
+needs_native = pytest.mark.skipif(
+    ops.backend("cpu") != "native", reason=f"no compiled CPU kernels: {ops.describe()['cpu']['reason']}"
+)
+
+
+class Kernels:
+    """The three operators of one implementation, called below the public functions."""
+
+    def __init__(self, orthogonalize_: Callable, dot: Callable, axpy_: Callable) -> None:
+        self.orthogonalize_, self.dot, self.axpy_ = orthogonalize_, dot, axpy_
+
+
+TWIN = Kernels(reference.orthogonalize_, reference.dot, reference.axpy_)
+COMPILED = Kernels(torch.ops.torchflat.orthogonalize_, torch.ops.torchflat.dot, torch.ops.torchflat.axpy_)
+
+
+@pytest.fixture(params=["reference", pytest.param("native", marks=needs_native)])
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    return TWIN if request.param == "reference" else COMPILED
+
+
+def orthonormal_rows(k: int, n: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(n, k, dtype=torch.float64, generator=generator))[0].T.contiguous()
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+# --- orthogonalize_ ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_removes_coordinates_exactly(kernels: Kernels, dtype: torch.dtype) -> None:
+    basis = torch.eye(5, dtype=dtype)[[3, 1]]
+    vector = torch.tensor([3.0, 7.0, 0.0, -2.0, 4.0], dtype=torch.float64)
+    assert kernels.orthogonalize_(basis, vector).tolist() == [-2.0, 7.0, 5.0]
+    assert vector.tolist() == [3.0, 0.0, 0.0, 0.0, 4.0]
+
+
+def test_empty_basis_leaves_the_vector_and_returns_its_norm(kernels: Kernels) -> None:
+    vector = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    assert kernels.orthogonalize_(torch.empty(0, 2), vector).tolist() == [5.0]
+    assert vector.tolist() == [3.0, 4.0]
+
+
+def test_empty_vector(kernels: Kernels) -> None:
+    assert kernels.orthogonalize_(torch.empty(2, 0), torch.empty(0, dtype=torch.float64)).tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("n", [40, 5000])
+def test_twice_is_enough(kernels: Kernels, n: int) -> None:
+    """What is left is 1e-10 of the vector: one sweep would leave it orthogonal to 1e-6 of its size only."""
+    basis = orthonormal_rows(9, n)
+    vector = basis.T @ randn(8 + 1)
+    rest = randn(n, seed=2)
+    rest -= basis.T @ (basis @ rest)
+    rest -= basis.T @ (basis @ rest)
+    vector += 1e-10 * rest / rest.norm()
+    norm = kernels.orthogonalize_(basis, vector)[-1]
+    assert norm.item() == pytest.approx(1e-10, rel=1e-4)
+    assert (basis @ vector).norm() <= 50 * EPS * norm
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_accumulates_in_float64_whatever_the_basis(kernels: Kernels, dtype: torch.dtype) -> None:
+    basis = orthonormal_rows(5, 3000).to(dtype)
+    vector, wide = randn(3000), basis.double()
+    first = wide @ vector
+    rest = vector - wide.T @ first
+    second = wide @ rest
+    rest -= wide.T @ second
+    result = kernels.orthogonalize_(basis, vector)
+    torch.testing.assert_close(result[:-1], first + second, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(vector, rest, rtol=1e-12, atol=1e-13)
+
+
+def test_rows_may_lie_apart(kernels: Kernels) -> None:
+    store = torch.full((6, 50), torch.nan)
+    store[:4, :40] = orthonormal_rows(4, 40).float()
+    basis, vector = store[:4, :40], randn(40)
+    dense, again = basis.contiguous(), vector.clone()
+    assert torch.equal(kernels.orthogonalize_(basis, vector), kernels.orthogonalize_(dense, again))
+    assert vector.isfinite().all()
+
+
+@needs_native
+@settings(max_examples=40, deadline=None)
+@given(n=st.sampled_from(LENGTHS), k=st.integers(0, 13), dtype=st.sampled_from(FLOATS), seed=st.integers(0, 2**31 - 1))
+def test_native_orthogonalize_is_its_twin(n: int, k: int, dtype: torch.dtype, seed: int) -> None:
+    basis = orthonormal_rows(min(k, n), n, seed).to(dtype)
+    one = randn(n, seed=seed)
+    two = one.clone()
+    scale = one.norm().item()
+    torch.testing.assert_close(
+        COMPILED.orthogonalize_(basis, one), TWIN.orthogonalize_(basis, two), rtol=0, atol=1e-14 * scale
+    )
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-14 * scale)
+
+
+# --- dot and norm -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("left", FLOATS)
+@pytest.mark.parametrize("right", FLOATS)
+def test_dot_of_mixed_dtypes_is_exact_where_it_can_be(kernels: Kernels, left: torch.dtype, right: torch.dtype) -> None:
+    integers = torch.arange(100.0)
+    a = [integers.to(left), torch.tensor(3.0, dtype=left), torch.empty(0, 4, dtype=left)]
+    b = [integers.to(right), torch.tensor(-2.0, dtype=right), torch.empty(0, 4, dtype=right)]
+    result = kernels.dot(a, b)
+    assert result.dtype == torch.float64 and result.shape == ()
+    assert result.item() == 99 * 100 * 199 / 6 - 6
+
+
+def test_dot_error_does_not_grow_with_the_length(kernels: Kernels) -> None:
+    """4 million times 0.1: adding up in float32 loses four digits, plain float64 one or two."""
+    n = 1 << 22
+    tenth = torch.full((n,), 0.1)
+    assert kernels.dot([tenth], [torch.ones(n)]).item() == pytest.approx(n * tenth[0].item(), rel=4 * EPS)
+
+
+def test_dot_matches_the_correctly_rounded_sum(kernels: Kernels) -> None:
+    a, b = randn(20000, dtype=torch.float32), randn(20000, dtype=torch.float32, seed=2)
+    exact = math.fsum(x * y for x, y in zip(a.tolist(), b.tolist(), strict=True))
+    assert kernels.dot([a[:7000], a[7000:]], [b[:7000], b[7000:]]).item() == pytest.approx(exact, abs=1e-12)
+
+
+def test_dot_reads_strided_tensors_in_logical_order(kernels: Kernels) -> None:
+    a = randn(6, 5, dtype=torch.float32)
+    b = randn(4, 3, 8, 8).to(memory_format=torch.channels_last)
+    expected = (a.double() ** 2).sum() + (b * b.contiguous()).sum()
+    result = kernels.dot([a.T, b], [a.T.contiguous(), b.contiguous()])
+    assert result.item() == pytest.approx(expected.item(), rel=1e-14)
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_non_finite_entries_show(kernels: Kernels, bad: float) -> None:
+    a = torch.ones(100)
+    a[17] = bad
+    result = kernels.dot([torch.ones(3), a, torch.ones(3)], [torch.ones(3), torch.ones(100), torch.ones(3)]).item()
+    assert result == bad or (math.isnan(result) and math.isnan(bad))
+
+
+def test_norm() -> None:
+    assert ops.norm([torch.tensor([3.0]), torch.tensor([[4.0]], dtype=torch.bfloat16)]).item() == 5.0
+    assert ops.norm([torch.full((10,), 1e30)]).item() == pytest.approx(math.sqrt(10) * 1e30, rel=1e-7)
+
+
+def test_empty_lists_are_zero() -> None:
+    assert ops.norm([]).item() == 0.0 and ops.dot([], []).dtype == torch.float64
+    ops.axpy_([], [], 2.0)
+
+
+@needs_native
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_native_lists_are_their_twins(data: st.DataObject) -> None:
+    sizes = data.draw(st.lists(st.sampled_from((0, *LENGTHS)), min_size=1, max_size=4))
+    dtypes = st.sampled_from(FLOATS)
+    a = [randn(n, dtype=data.draw(dtypes), seed=i) for i, n in enumerate(sizes)]
+    b = [randn(n, dtype=data.draw(dtypes), seed=i + 9) for i, n in enumerate(sizes)]
+    scale = 1.0 + sum(x.double().norm() * y.double().norm() for x, y in zip(a, b, strict=True)).item()
+    assert COMPILED.dot(a, b).item() == pytest.approx(TWIN.dot(a, b).item(), abs=1e-14 * scale)
+    one, two = [x.clone() for x in a], [x.clone() for x in a]
+    COMPILED.axpy_(one, b, 0.37)
+    TWIN.axpy_(two, b, 0.37)
+    for got, expected in zip(one, two, strict=True):
+        # A fused multiply-add may round once where the twin rounds twice: one unit in the last place.
+        torch.testing.assert_close(got, expected, rtol=2 * torch.finfo(got.dtype).eps, atol=1e-15)
+
+
+# --- axpy_ ------------------------------------------------------------------------------------------------------------
+
+
+def test_axpy_adds_float32_gradients_into_views_of_one_float64_buffer(kernels: Kernels) -> None:
+    flat = torch.ones(20, dtype=torch.float64)
+    views = [flat[2:8].view(2, 3), flat[8], flat[10:14]]
+    gradients = [torch.arange(6.0).view(3, 2).T, torch.tensor(4.0), torch.tensor([1, 2, 3, 4], dtype=torch.float16)]
+    kernels.axpy_(views, gradients, 0.5)
+    added = [0, 0, 0, 1, 2, 0.5, 1.5, 2.5, 2, 0, 0.5, 1, 1.5, 2] + 6 * [0]
+    assert flat.tolist() == [1 + value for value in added]
+
+
+def test_axpy_keeps_what_float32_would_lose(kernels: Kernels) -> None:
+    total = torch.ones(3, dtype=torch.float64)
+    kernels.axpy_([total], [torch.full((3,), 2.0**-20)], 2.0**-20)
+    assert total.tolist() == 3 * [1 + 2.0**-40]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_axpy_rounds_at_the_end(kernels: Kernels, dtype: torch.dtype) -> None:
+    """1 + 3/4 of a unit in the last place, from a product that the dtype itself would round to half a unit."""
+    unit = torch.finfo(dtype).eps
+    y = torch.ones(5, dtype=dtype)
+    kernels.axpy_([y], [torch.full((5,), 0.75, dtype=dtype)], unit)
+    assert y.tolist() == 5 * [1 + unit]
+
+
+def test_axpy_of_a_tensor_onto_itself(kernels: Kernels) -> None:
+    y = randn(1000, dtype=torch.float32)
+    expected = (y.double() * 1.5).float()
+    kernels.axpy_([y], [y], 0.5)
+    assert torch.equal(y, expected)
+
+
+# --- what holds for all -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def thread_count() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@needs_native
+def test_native_answers_do_not_depend_on_the_number_of_threads(thread_count: Callable[[int], None]) -> None:
+    basis = orthonormal_rows(6, 100_000).float()
+    lists = [randn(n, dtype=torch.float32, seed=n) for n in (90_001, 3, 40_000)]
+    answers = []
+    for threads in (1, 2, 5):
+        thread_count(threads)
+        vector = randn(100_000)
+        answers.append([COMPILED.orthogonalize_(basis, vector), vector, COMPILED.dot(lists, lists)])
+    for answer in answers[1:]:
+        assert all(torch.equal(got, expected) for got, expected in zip(answer, answers[0], strict=True))
+
+
+class LargestFloat64(TorchDispatchMode):
+    """Records the size of the largest float64 tensor that owns new memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.dtype == torch.float64 and not func.is_view and result is not args[0]:
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_twins_never_copy_the_whole_basis_to_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "CHUNK", 64)
+    basis, vector = orthonormal_rows(4, 1000).float(), randn(1000)
+    with LargestFloat64() as largest:
+        TWIN.orthogonalize_(basis, vector)
+        TWIN.dot([basis], [basis])
+        TWIN.axpy_([vector], [basis[0]], 1.0)
+    assert 0 < largest.elements <= 64
+
+
+@pytest.mark.parametrize(
+    ("basis", "vector", "message"),
+    [
+        (torch.eye(2, 3), torch.ones(3), "vector must be float64"),
+        (torch.eye(2, 3), torch.ones(2).double(), r"got \(2, 3\) and \(2,\)"),
+        (torch.ones(3), torch.ones(3).double(), r"basis must be \(k, n\)"),
+        (torch.eye(3, 2).T, torch.ones(3).double(), "must be contiguous"),
+        (torch.eye(2, 3), torch.ones(6).double()[::2], "must be contiguous"),
+        (torch.eye(2, 3).long(), torch.ones(3).double(), "must be floating point"),
+    ],
+)
+def test_orthogonalize_refuses(kernels: Kernels, basis: Tensor, vector: Tensor, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        kernels.orthogonalize_(basis, vector)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        ([torch.ones(2)], [], "same length, at least 1, got 1 and 0"),
+        ([torch.ones(2), torch.ones(2, 3)], [torch.ones(2), torch.ones(6)], r"pair 1 .*\(2, 3\) and \(6,\)"),
+        ([torch.ones(2)], [torch.ones(2).int()], "must be floating point"),
+        ([torch.ones(2)], [torch.ones(2, dtype=torch.complex64)], "must be floating point"),
+    ],
+)
+def test_lists_refuse(kernels: Kernels, a: list[Tensor], b: list[Tensor], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        kernels.dot(a, b)
+    with pytest.raises(RuntimeError, match=message):
+        kernels.axpy_(a, b, 1.0)
+
+
+def test_axpy_refuses_strided_targets(kernels: Kernels) -> None:
+    with pytest.raises(RuntimeError, match="tensors of y must be contiguous"):
+        kernels.axpy_([torch.ones(2, 3).T], [torch.ones(3, 2)], 1.0)
+
+
+def test_differentiation_is_refused_not_dropped() -> None:
+    x = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    for call in (
+        lambda: ops.dot([x], [x]),
+        lambda: ops.axpy_([torch.ones(3).double()], [x]),
+        lambda: ops.orthogonalize_(torch.eye(1, 3), x),
+    ):
+        with pytest.raises(RuntimeError, match="not differentiable"):
+            call()
+    with torch.no_grad():
+        assert ops.dot([x], [x]).item() == 3.0
+        ops.axpy_([x], [x.detach().clone()], 1.0)
+    assert x.tolist() == [2.0, 2.0, 2.0]
+
+
+def test_autograd_notices_that_a_saved_tensor_was_changed() -> None:
+    x = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    for change in (
+        lambda saved: ops.axpy_([saved], [torch.ones(3)]),
+        lambda saved: ops.orthogonalize_(torch.eye(1, 3), saved),
+    ):
+        saved = x * 2
+        loss = (saved * saved).sum()
+        with torch.no_grad():
+            change(saved.detach())
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("orthogonalize_", (torch.eye(3, 10), torch.ones(10).double())),
+        ("orthogonalize_", (torch.empty(0, 10), torch.ones(10).double())),
+        ("dot", ([torch.ones(3, 2), torch.ones(4)], [torch.ones(3, 2).bfloat16(), torch.ones(4).double()])),
+        ("dot", ([torch.ones(3, requires_grad=True)], [torch.ones(3)])),
+        ("axpy_", ([torch.ones(3, 2).double(), torch.ones(4)], [torch.ones(2, 3).T, torch.ones(4)], 0.5)),
+    ],
+)
+def test_opcheck(name: str, arguments: tuple) -> None:
+    torch.library.opcheck(getattr(torch.ops.torchflat, name).default, arguments)
+
+
+def chain(basis: Tensor, vector: Tensor, y: list[Tensor], x: list[Tensor]) -> Tensor:
+    coefficients, rest = ops.orthogonalize_(basis, vector)
+    ops.axpy_(y, x, 2.0)
+    return coefficients.sum() + rest + ops.dot(y, x) + ops.norm(x)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_as_one_graph(backend: str) -> None:
+    def arguments() -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+        y = [randn(4, 3), randn(5)]
+        return orthonormal_rows(3, 40), randn(40), y, [each.float() for each in y]
+
+    eager, compiled = arguments(), arguments()
+    expected = chain(*eager)
+    assert torch.equal(torch.compile(chain, fullgraph=True, backend=backend)(*compiled), expected)
+    assert torch.equal(compiled[1], eager[1]) and torch.equal(compiled[2][0], eager[2][0])
+
+
+# --- which kernels run ------------------------------------------------------------------------------------------------
+
+
+def in_new_process(code: str, choice: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "TORCHFLAT_OPS": choice}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_environment_forces_the_twins() -> None:
+    code = "from torchflat import ops; print(ops.backend('cpu'), ops.describe()['cpu']['reason'])"
+    assert in_new_process(code, "reference").stdout.strip() == "reference TORCHFLAT_OPS=reference"
+
+
+def test_an_unknown_choice_is_refused() -> None:
+    answer = in_new_process("import torchflat.ops", "fast")
+    assert answer.returncode != 0 and "UsageError: TORCHFLAT_OPS is 'fast'" in answer.stderr
+
+
+def test_describe_names_the_reason_that_the_build_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    record = tmp_path / "_build.json"
+    record.write_text('{"cpu_reason": "no C++ compiler", "cuda_reason": "no nvcc"}')
+    monkeypatch.delenv("TORCHFLAT_OPS", raising=False)
+    monkeypatch.setattr(library, "_BUILD_RECORD", record)
+    with pytest.raises(OSError, match="no nvcc"):
+        library._load("cuda")
+    record.unlink()
+    with pytest.raises(OSError, match="not built: run `pip install"):
+        library._load("cpu")
+
+
+def test_kernels_for_another_cuda_are_not_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    record = tmp_path / "_build.json"
+    record.write_text('{"cpu_reason": null, "cuda_reason": null, "cuda": "7.5"}')
+    monkeypatch.delenv("TORCHFLAT_OPS", raising=False)
+    monkeypatch.setattr(library, "_BUILD_RECORD", record)
+    with pytest.raises(OSError, match=r"built for CUDA 7\.5"):
+        library._load("cuda")
+
+
+def test_describe_agrees_with_backend() -> None:
+    for device in ("cpu", "cuda"):
+        entry = ops.describe()[device]
+        assert entry["kernels"] == ops.backend(device)
+        assert (entry["kernels"] == "native") == (entry["library"] is not None) == (entry["reason"] is None)
+
+
+# --- CUDA -------------------------------------------------------------------------------------------------------------
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("n", "k"), [(1, 0), (1, 1), (1000, 7), (4097, 33), (1_000_003, 20), (3000, 300)])
+def test_cuda_orthogonalize_is_its_twin(n: int, k: int, dtype: torch.dtype) -> None:
+    assert ops.backend("cuda") == "native", ops.describe()["cuda"]["reason"]
+    basis, one = orthonormal_rows(k, n).to("cuda", dtype), randn(n).cuda()
+    two, three = one.clone(), one.clone()
+    scale = one.norm().item()
+    expected = TWIN.orthogonalize_(basis, two)
+    got = COMPILED.orthogonalize_(basis, one)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-14 * scale)
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-14 * scale)
+    assert torch.equal(COMPILED.orthogonalize_(basis, three), got) and torch.equal(three, one)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("left", FLOATS)
+@pytest.mark.parametrize("right", FLOATS)
+def test_cuda_lists_are_their_twins(left: torch.dtype, right: torch.dtype) -> None:
+    assert ops.backend("cuda") == "native", ops.describe()["cuda"]["reason"]
+    sizes = [0, 1, 255, 257, 65536, 65537, 1_000_003, *range(200)]
+    a = [randn(n, seed=n).to("cuda", left) for n in sizes]
+    b = [randn(n, seed=n + 1).to("cuda", right) for n in sizes]
+    assert COMPILED.dot(a, b).item() == pytest.approx(TWIN.dot(a, b).item(), abs=1e-10)
+    assert torch.equal(COMPILED.dot(a, b), COMPILED.dot(a, b))
+    one, two = [x.clone() for x in a], [x.clone() for x in a]
+    COMPILED.axpy_(one, b, 0.37)
+    TWIN.axpy_(two, b, 0.37)
+    for got, expected in zip(one, two, strict=True):
+        torch.testing.assert_close(got, expected, rtol=2 * torch.finfo(left).eps, atol=1e-15)

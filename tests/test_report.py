@@ -1,0 +1,814 @@
+"""The report: what the schema admits, what the table and the page show, and how it is saved."""
+
+from __future__ import annotations
+
+import functools
+import html.parser
+import json
+import math
+import os
+import re
+import tempfile
+import unicodedata
+import warnings
+from collections.abc import Callable
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torchflat.audit import figures, page
+from torchflat.audit import report as report_module
+from torchflat.audit.report import Report, confidence, duration, memory, number, printable, shorten, span
+from torchflat.errors import UsageError
+from torchflat.result import Status
+
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+LAYERS = 6
+
+
+def cost(products: float, seconds: float) -> dict[str, Any]:
+    return {"gradients": 2 * products + 1, "forwards": 1, "backwards": 1, "products": products, "seconds": seconds}
+
+
+def interval(value: float, relative: float) -> dict[str, Any]:
+    return {"value": value, "lower": value - 0.2 * relative * abs(value), "upper": value + relative * abs(value)}
+
+
+def spectral_density(top: list[float], parameters: int, width: float = 0.03) -> dict[str, Any]:
+    """The spectrum of a trained network: a sharp bulk at zero with a small negative part, and the outliers ``top``."""
+    grid = [-0.4 + 4.4 * i / 511 for i in range(512)]
+    atoms = [(0.0, 0.97), (0.02, 0.02), (0.1, 2e-3), (0.3, 2e-4), (0.7, 2e-5), (-0.08, 3e-4), (-0.2, 1e-6)]
+    atoms += [(value, 1 / parameters) for value in top]
+    density = [
+        sum(mass * math.exp(-(((x - at) / width) ** 2) / 2) for at, mass in atoms) / (width * math.sqrt(2 * math.pi))
+        for x in grid
+    ]
+    return {
+        "grid": grid,
+        "density": density,
+        "standard_error": [0.2 * value + 0.02 / parameters for value in density],
+        "width": width,
+        "exact": top[:5],
+        "starts": 4,
+        "steps": 60,
+        "status": "CONVERGED",
+        "cost": cost(240, 130.0),
+    }
+
+
+def fake_report() -> dict[str, Any]:
+    """The audit of a six-layer denoiser, as the numbers of a real one are."""
+    top = [3.4673, 3.4308, 2.911, 2.2043, 1.8077, 1.402, 1.2251, 0.991]
+    parameters = 3_694_992
+    widths = [0.31, 0.1, 0.043, 0.011, 3.1e-3, 2e-3]
+    return {
+        "schema_version": "1",
+        "status": "complete",
+        "provenance": {
+            "torchflat": "0.1.0",
+            "torch": "2.10.0",
+            "python": "3.12.3",
+            "platform": "Linux-6.8-x86_64",
+            "device": "cpu",
+            "dtype": "float32",
+            "threads": 2,
+            "ops": "native",
+            "products": "retained",
+            "microbatch": 1000,
+            "memory_bytes": 2 << 30,
+            "seed": 0,
+            "command": "torchflat audit denoiser.safetensors --task denoiser.py:task -o audit",
+            "config": {"rtol": 0.01, "confidence": 0.99, "budget": None, "spectrum": {"k": 8, "smallest": 3}},
+            "task": "denoiser.py:task",
+            "checkpoint": {
+                "path": "runs/sgd/denoiser.safetensors",
+                "sha256": "9f" * 32,
+                "format": "safetensors",
+                "wrappers": ["state_dict", "module."],
+            },
+            "data": {"rows": 10_000, "batches": 10, "sha256": "1c" * 32},
+            "started": "2026-01-15T10:12:44+00:00",
+            "notes": ["The model was audited in eval mode: dropout is off."],
+        },
+        "point": {
+            "loss": 0.0182734,
+            "gradient_norm": 0.004127,
+            "parameter_norm": 61.238,
+            "parameters": parameters,
+            "rows": 10_000,
+        },
+        "sharpness": {
+            "value": 3.4673,
+            "lower": 3.46602,
+            "upper": 3.47091,
+            "confidence": 0.99,
+            "status": "CONVERGED",
+            "basis": "krylov",
+            "residual": 0.0021,
+            "floor": 1.2e-5,
+            "steps": 16,
+            "cost": cost(16, 21.4),
+            "largest_stable_step": {"value": 2 / 3.4673, "lower": 2 / 3.47091, "upper": 2 / 3.46602},
+            "history": [
+                {
+                    "products": k,
+                    "value": 3.4673 * (1 - 0.9 * 0.55**k),
+                    "lower": 3.4673 * (1 - 0.9 * 0.55**k) - 1e-4,
+                    "upper": None if k < 3 else 3.4673 * (1 + 40 * 0.57**k),
+                }
+                for k in range(1, 17)
+            ],
+        },
+        "eigenvalues": {
+            "largest": [{**interval(value, 1e-3), "residual": 1e-3 * value} for value in top],
+            "smallest": [{**interval(value, 2e-2), "residual": 2e-3} for value in (-0.2131, -0.1804, -0.1712)],
+            "confidence": 0.99,
+            "status": "CONVERGED",
+            "cost": cost(41, 55.0),
+        },
+        "trace": {
+            "value": 412.8,
+            "lower": 398.1,
+            "upper": 427.5,
+            "confidence": 0.99,
+            "standard_error": 5.7,
+            "samples": 30,
+            "status": "CONVERGED",
+            "cost": cost(30, 18.2),
+        },
+        "density": spectral_density(top, parameters),
+        "blocks": {
+            "rows": [
+                {
+                    "name": f"layers.{layer}.{kind}",
+                    "parameters": 784 * 784 if kind == "weight" else 784,
+                    **interval(2.4 * 0.62**layer * (1 if kind == "weight" else 0.013), 4e-3),
+                    "status": "CONVERGED",
+                    "gradient_norm": 1e-3 * 0.7**layer,
+                    "share": widths[layer] * (2 if kind == "weight" else 0.02),
+                }
+                for layer in range(LAYERS)
+                for kind in ("weight", "bias")
+            ],
+            "confidence": 0.99,
+            "status": "CONVERGED",
+            "cost": cost(120, 101.5),
+        },
+        "cost": {**cost(447, 326.1), "peak_memory_bytes": 1_610_612_736},
+    }
+
+
+def partial_report() -> dict[str, Any]:
+    """The same audit, interrupted while λ₁ was being measured: no upper bound yet, and nothing else has run."""
+    report = fake_report()
+    for key in ("eigenvalues", "trace", "density", "blocks"):
+        del report[key]
+    sharpness = report["sharpness"]
+    sharpness.update(value=2.91, lower=2.9, upper=None, status="INTERRUPTED", history=sharpness["history"][:4])
+    sharpness["largest_stable_step"] = {"value": 2 / 2.91, "lower": None, "upper": 2 / 2.9}
+    report["status"] = "partial"
+    return report
+
+
+def bare_report() -> dict[str, Any]:
+    return {
+        "schema_version": "1",
+        "status": "partial",
+        "provenance": {"torchflat": "0.1.0", "torch": "2.10.0", "python": "3.10.0"},
+    }
+
+
+def extreme_report(scale: float = 1e-12) -> dict[str, Any]:
+    """Every number multiplied by ``scale``, every status different, names that are long, wide and hostile."""
+    report = fake_report()
+
+    def scaled(part: Any) -> Any:
+        if isinstance(part, dict):
+            small = ("value", "lower", "upper", "grid", "width", "exact", "standard_error", "residual", "loss")
+            return {
+                key: _times(item, scale) if key in small else scaled(item) if key != "provenance" else item
+                for key, item in part.items()
+            }
+        return [scaled(item) for item in part] if isinstance(part, list) else part
+
+    report = scaled(report)
+    for key in ("density", "standard_error"):
+        report["density"][key] = _times(fake_report()["density"][key], 1 / scale)
+    for key, status in zip(("sharpness", "eigenvalues", "trace", "density", "blocks"), Status, strict=True):
+        report[key]["status"] = status.name
+    names = [
+        "<b>bold</b> & $x^2$ \x1b[31m",
+        "変換器.層.重み" * 8,
+        "ＡＢＣ" * 40,
+        "a" * 300,
+        "encoder.layers.11.attention.out_proj.weight",
+    ]
+    for row, name in zip(report["blocks"]["rows"], names, strict=False):
+        row["name"] = name
+    return report
+
+
+def flat_report() -> dict[str, Any]:
+    """A maximum: all curvature is negative, and so there is no stable step to speak of."""
+    report = fake_report()
+    report["sharpness"].update(value=-0.31, lower=-0.32, upper=-0.3, largest_stable_step=None)
+    report["sharpness"]["history"] = [
+        {"products": k, "value": -0.31 - 0.5**k, "lower": -0.32 - 0.5**k, "upper": -0.3} for k in range(1, 8)
+    ]
+    for side in ("largest", "smallest"):
+        values = (-0.31, -0.5, -1.2) if side == "largest" else (-1.2, -0.5, -0.31)
+        report["eigenvalues"][side] = [interval(value, 1e-2) for value in values]
+    report["density"]["grid"] = [-4.4 + x for x in report["density"]["grid"]]
+    report["density"]["exact"] = []
+    return report
+
+
+def zero_report() -> dict[str, Any]:
+    """A network whose Hessian is zero, as far as rounding lets one see, with one parameter."""
+    report = fake_report()
+    report["point"]["parameters"] = 1
+    report["sharpness"].update(value=0.0, lower=-1e-9, upper=1e-9, largest_stable_step=None)
+    report["sharpness"]["history"] = [{"products": k, "value": 0.0, "lower": 0.0, "upper": 0.0} for k in (1, 2)]
+    report["eigenvalues"].update(largest=[{"value": 0.0, "lower": 0.0, "upper": 0.0}], smallest=[])
+    report["trace"].update(value=0.0, lower=0.0, upper=0.0)
+    report["density"].update(grid=[-1e-9, 0.0, 1e-9], density=[0.0] * 3, standard_error=[0.0] * 3, exact=[0.0])
+    nothing = {"value": 0.0, "lower": 0.0, "upper": 0.0}
+    report["blocks"]["rows"] = [{"name": "w", "parameters": 1, **nothing, "status": "BUDGET"}]
+    return report
+
+
+def unknown_report() -> dict[str, Any]:
+    """Every number that may be null is null: nothing was finite."""
+    report = fake_report()
+
+    def emptied(part: Any) -> Any:
+        if isinstance(part, dict):
+            kept = (
+                "provenance",
+                "schema_version",
+                "status",
+                "name",
+                "parameters",
+                "starts",
+                "steps",
+                "samples",
+                "grid",
+                "products",
+            )
+            return {key: item if key in kept else emptied(item) for key, item in part.items()}
+        return [emptied(item) for item in part] if isinstance(part, list) else None
+
+    report = emptied(report)
+    report["density"]["exact"] = []
+    return report
+
+
+def _times(item: Any, scale: float) -> Any:
+    if isinstance(item, list):
+        return [_times(entry, scale) for entry in item]
+    return item if item is None else item * scale
+
+
+VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "complete": fake_report,
+    "partial": partial_report,
+    "bare": bare_report,
+    "tiny": extreme_report,
+    "huge": lambda: extreme_report(1e15),
+    "flat": flat_report,
+    "zero": zero_report,
+    "unknown": unknown_report,
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> str:
+    """The name of every variant that the report must bear."""
+    return str(request.param)
+
+
+@pytest.fixture
+def content(variant: str) -> dict[str, Any]:
+    """The dict of the variant's report."""
+    return VARIANTS[variant]()
+
+
+@functools.cache
+def saved(variant: str) -> dict[str, bytes]:
+    """The files that the variant's report is saved as. Warnings are errors, and the folder did not exist before."""
+    with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        folder = Path(place) / "new" / "audit"
+        report = Report(VARIANTS[variant]())
+        assert report.save(folder) == folder
+        assert Report.load(folder) == Report.load(folder / "report.json") == report
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# ---- schema --------------------------------------------------------------------------------------------------------
+
+
+def test_every_variant_is_valid_and_survives_json(content: dict[str, Any]) -> None:
+    report = Report(content)
+    assert report.validate() is report
+    assert json.loads(report.to_json()) == content
+
+
+def put(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    *way, last = path.split(".")
+
+    def change(report: dict[str, Any]) -> None:
+        for step in way:
+            report = report[int(step) if step.isdigit() else step]
+        report[last] = value
+
+    return change
+
+
+def drop(path: str) -> Callable[[dict[str, Any]], None]:
+    *way, last = path.split(".")
+
+    def change(report: dict[str, Any]) -> None:
+        for step in way:
+            report = report[int(step) if step.isdigit() else step]
+        del report[last]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (put("extra", 1), "extra"),
+        (put("schema_version", "2"), "schema_version '2'"),
+        (drop("schema_version"), "schema_version None"),
+        (put("status", "done"), "done"),
+        (drop("provenance"), "provenance"),
+        (drop("sharpness"), "sharpness"),  # a complete report has it
+        (put("sharpness.value", "3.4"), "sharpness.value"),
+        (put("sharpness.value", True), "sharpness.value"),
+        (put("sharpness.upper", float("inf")), "null"),
+        (put("sharpness.value", float("nan")), "null"),
+        (drop("sharpness.lower"), "lower"),
+        (put("sharpness.status", "FINE"), "sharpness.status"),
+        (put("sharpness.basis", "hope"), "sharpness.basis"),
+        (put("sharpness.confidence", 99), "sharpness.confidence"),
+        (put("sharpness.cost.hours", 1), "hours"),
+        (put("trace.samples", 1.5), "trace.samples"),
+        (put("blocks.rows.3.name", None), "blocks.rows[3].name"),
+        (put("blocks.rows.0.colour", "red"), "colour"),
+        (put("eigenvalues.largest", None), "eigenvalues.largest"),
+        (put("density.grid", [0.0, 1.0]), "differ in length"),
+        (put("provenance.data.sha256", "xyz"), "sha256"),
+        (put("point.parameters", -1), "point.parameters"),
+    ],
+)
+def test_schema_refuses_what_is_no_report_and_says_where(change: Callable[[dict[str, Any]], None], named: str) -> None:
+    content = fake_report()
+    change(content)
+    with pytest.raises(UsageError) as caught:
+        Report(content).validate()
+    assert named in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+def test_every_status_of_the_library_is_in_the_schema() -> None:
+    assert report_module.schema()["$defs"]["status"]["enum"] == [status.name for status in Status]
+
+
+def test_to_dict_is_a_copy() -> None:
+    report = Report(fake_report())
+    report.to_dict()["sharpness"]["value"] = 0
+    assert report.to_dict()["sharpness"]["value"] == 3.4673
+
+
+# ---- numbers -------------------------------------------------------------------------------------------------------
+
+FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+
+
+def decimal_of(value: float) -> Decimal:
+    """The number as the JSON file has it."""
+    return Decimal(json.dumps(value))
+
+
+def significant(text: str) -> int:
+    return len(re.sub(r"e.*|[-.]", "", text).lstrip("0"))
+
+
+@given(FLOATS, FLOATS, FLOATS)
+@settings(max_examples=400)
+def test_interval_shown_holds_and_its_digits_are_justified(a: float, b: float, c: float) -> None:
+    lower, value, upper = sorted((a, b, c))
+    shown, interval = span(value, lower, upper)
+    low, high = interval[1:-1].split(", ")
+    assert Decimal(low) <= decimal_of(lower)
+    assert decimal_of(upper) <= Decimal(high)
+    assert Decimal(low) <= Decimal(shown) <= Decimal(high)
+    for text, exact in zip((shown, low, high), map(decimal_of, (value, lower, upper)), strict=True):
+        assert significant(text) <= 7
+        if exact and upper > lower:
+            # The last digit stands for the second digit of the width, or is the second of the number itself.
+            last = Decimal(text).as_tuple().exponent
+            assert isinstance(last, int)
+            assert last >= min((decimal_of(upper) - decimal_of(lower)).adjusted(), exact.adjusted()) - 1
+
+
+@pytest.mark.parametrize(
+    ("interval", "shown"),
+    [
+        ((3.46729, 3.4603, 3.4709), "3.467 [3.460, 3.471]"),
+        ((412.8, 398.1, 427.5), "413 [398, 428]"),
+        ((-0.2131, -0.214, -0.209), "-0.2131 [-0.2140, -0.2090]"),
+        ((0.0, -2e-9, 2e-9), "0 [-2.0e-9, 2.0e-9]"),
+        ((1.0, 1.0, 1.0), "1.00000 [1.00000, 1.00000]"),
+        ((2.5, 2.4, None), "2.500 [2.400, ∞)"),
+        ((2.5, None, None), "2.500 (−∞, ∞)"),
+        ((None, None, None), "– (−∞, ∞)"),
+        ((1e300, -1.7e308, 1.7e308), "1.0e300 [-1.7e308, 1.7e308]"),
+    ],
+)
+def test_span(interval: tuple[float | None, float | None, float | None], shown: str) -> None:
+    assert " ".join(span(*interval)) == shown
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(9999.96, "10000"), (99999.96, "1.0000e5"), (0.0001, "0.0001000"), (0.00009999, "9.999e-5"), (-12.3456, "-12.35")],
+)
+def test_number(value: float, shown: str) -> None:
+    assert number(value) == shown
+
+
+def test_confidence_is_never_rounded_up() -> None:
+    shown = [confidence(value) for value in (0.99, 0.999, 0.5, 0.9999999, 1.0, 1, None)]
+    assert shown == ["99 %", "99.9 %", "50 %", "99.99 %", "100 %", "100 %", "–"]
+
+
+def test_times_and_sizes() -> None:
+    assert [duration(value) for value in (0.421, 12.44, 59.99, 200, 7500)] == [
+        "0.42 s", "12.4 s", "60.0 s", "3 min 20 s", "2 h 5 min",
+    ]  # fmt: skip
+    assert [memory(value) for value in (512, 1 << 20, 1_610_612_736)] == ["512 B", "1 MiB", "1.5 GiB"]
+
+
+# ---- text ----------------------------------------------------------------------------------------------------------
+
+
+def columns(line: str) -> int:
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in line)
+
+
+def test_text_fits_80_columns(content: dict[str, Any]) -> None:
+    assert max(columns(line) for line in Report(content).text().splitlines()) <= 80
+
+
+@given(
+    names=st.lists(st.text(max_size=200), min_size=1, max_size=20),
+    numbers=st.lists(st.none() | FLOATS, min_size=3, max_size=3),
+    sizes=st.integers(0, 10**18),
+    share=st.floats(0, 1e9),
+    words=st.text(max_size=300),
+)
+@settings(max_examples=150, deadline=None)
+def test_text_fits_80_columns_whatever_it_holds(
+    names: list[str], numbers: list[float | None], sizes: int, share: float, words: str
+) -> None:
+    content = fake_report()
+    part = dict(zip(("lower", "value", "upper"), numbers, strict=True))
+    row = {**content["blocks"]["rows"][0], **part, "parameters": sizes, "share": share}
+    content["blocks"]["rows"] = [{**row, "name": name} for name in names]
+    content["sharpness"].update(part, largest_stable_step=part)
+    content["eigenvalues"]["smallest"] = [part] * 12
+    content["point"].update(loss=numbers[0], parameters=sizes, rows=sizes)
+    content["cost"].update(gradients=float(sizes), seconds=float(sizes), peak_memory_bytes=sizes)
+    content["provenance"].update(task=words, device=words, notes=[words])
+    text = Report(content).text()
+    assert max(columns(line) for line in text.splitlines()) <= 80
+    assert all(line.isprintable() for line in text.split("\n"))
+
+
+def test_text_says_what_matters() -> None:
+    text = Report(fake_report()).text()
+    assert re.search(r"^λ₁ sharpness +3\.4673  \[3\.4660, 3\.4710\] +99 %  ✓$", text, re.MULTILINE)
+    assert re.search(r"^λₙ smallest +-0\.2131 ", text, re.MULTILINE)
+    assert "895 gradients (447 products), 5 min 26 s, 1.5 GiB at the peak" in text
+    assert "PARTIAL" not in text
+
+
+def test_text_explains_what_did_not_converge() -> None:
+    text = " ".join(Report(partial_report()).text().split())
+    assert text.startswith("! PARTIAL REPORT")
+    assert f"λ₁: {Status.INTERRUPTED.value}." in text
+    assert "[2.900, ∞)" in text
+    assert "✓" not in text
+
+
+def test_text_lists_the_sharpest_blocks_and_counts_the_rest() -> None:
+    content = fake_report()
+    content["blocks"]["rows"] = [
+        {**content["blocks"]["rows"][0], "name": f"b{i}", "value": float(i)} for i in range(40)
+    ]
+    text = Report(content).text()
+    assert "b39" in text
+    assert "b27" not in text
+    assert "… and 28 more blocks" in text
+
+
+@given(st.text(max_size=60), st.integers(1, 40))
+def test_shorten(text: str, width: int) -> None:
+    short = shorten(text, width)
+    assert columns(short) <= width
+    assert ("…" in short) or short == printable(text)
+
+
+# ---- page ----------------------------------------------------------------------------------------------------------
+
+
+class Walk(html.parser.HTMLParser):
+    """Checks that tags nest and close, and gathers what the page refers to, shows and says."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.alts: list[str] = []
+        self.words: list[str] = []
+        self.feed(source)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            assert value is not None
+            if name == "id":
+                self.ids.append(value)
+            elif name in ("src", "href", "srcset", "action", "poster", "data"):
+                self.links.append(value)
+            elif name == "alt":
+                self.alts.append(value)
+            assert not name.startswith("on")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def render(content: dict[str, Any]) -> str:
+    """The page of a report that has all parts, with the figures of another to save time."""
+    pictures = {name: saved("complete")[f"{name}.png"] for name in figures.FIGURES}
+    return page.report_page(content, pictures)
+
+
+def test_page_is_well_formed_and_fetches_nothing(variant: str) -> None:
+    source = saved(variant)["report.html"].decode()
+    walk = Walk(source)
+    assert len(set(walk.ids)) == len(walk.ids)
+    for link in walk.links:
+        assert link.startswith("data:image/png;base64,") or link.removeprefix("#") in walk.ids
+    assert walk.tags.count("h1") == 1
+    assert not {"script", "link", "iframe", "object"} & set(walk.tags)
+    assert "http" not in source
+    assert "url(" not in source
+    assert "@import" not in source
+    assert "None" not in walk.text
+    assert "nan" not in walk.text.split()
+
+
+def test_page_shows_every_part_with_numbers_in_the_alternatives_of_the_figures() -> None:
+    walk = Walk(saved("complete")["report.html"].decode())
+    assert {"spectrum", "density", "trace", "blocks", "cost", "notes", "provenance"} == {
+        name for name in walk.ids if not name.endswith("-title")
+    }
+    assert len(walk.alts) == len(figures.FIGURES)
+    for alt, said in zip(walk.alts, ("3.4673", "minus 0.2131", "3.467", "layers.0.weight"), strict=True):
+        assert said in alt
+    for said in (
+        "converged",
+        "0.57682",
+        "at least 99 %",
+        "413",
+        "10,000",
+        "9f9f9f",
+        "spectrum.smallest",
+        "dropout is off",
+    ):
+        assert said in walk.text
+
+
+def test_page_of_a_partial_report_says_so_first() -> None:
+    walk = Walk(saved("partial")["report.html"].decode())
+    body = walk.text[walk.text.index("torchflat audit") + len("torchflat audit") :].lstrip()
+    assert body.startswith("Partial report.")
+    assert "interrupted" in walk.text
+    assert "how much larger is not known" in walk.text
+    assert "lies in" not in walk.text
+    assert {"density", "trace", "blocks"}.isdisjoint(walk.ids)
+
+
+def test_page_claims_no_upper_bound_that_nothing_proves() -> None:
+    content = fake_report()
+    content["sharpness"].update(basis="none", status="NOT_CERTIFIED")
+    text = Walk(render(content)).text
+    assert "how much larger is not known" in text
+    assert "with a probability" not in text
+
+
+def test_page_escapes_all_that_is_not_its_own() -> None:
+    content = fake_report()
+    hostile = "\"><script>alert(1)</script>&'<b"
+    content["provenance"].update(
+        task=hostile, command=hostile, notes=[hostile], started=hostile, config={hostile: hostile}
+    )
+    content["provenance"].update(torch=hostile, torchflat=hostile, device=hostile)
+    content["provenance"]["checkpoint"].update(path=hostile, wrappers=[hostile])
+    content["blocks"]["rows"][0].update(name=hostile, value=1e3)
+    for source in (render(content), page.trajectory_page([content])):
+        walk = Walk(source)
+        assert "script" not in walk.tags
+        assert "alert(1)" in walk.text
+
+
+def test_trajectory_page_has_a_row_for_each_checkpoint() -> None:
+    first = fake_report()
+    first["provenance"]["checkpoint"]["path"] = "runs/epoch-01.safetensors"
+    walk = Walk(page.trajectory_page([first, *(make() for make in VARIANTS.values())]))
+    assert walk.tags.count("img") == 1
+    assert walk.tags.count("tr") == 2 + len(VARIANTS)
+    assert "epoch-01.safetensors" in walk.text
+    assert "3.4673" in walk.alts[0]
+
+
+# ---- figures -------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_parts_that_are_present_are_drawn() -> None:
+    drawn = {variant: [name for name in figures.FIGURES if f"{name}.png" in saved(variant)] for variant in VARIANTS}
+    everything = ["convergence", "eigenvalues", "density", "blocks"]
+    assert drawn["complete"] == drawn["tiny"] == drawn["flat"] == drawn["zero"] == everything
+    assert drawn["partial"] == ["convergence"]
+    assert drawn["bare"] == drawn["unknown"] == []
+
+
+def test_figures_have_twice_the_density_of_a_screen(variant: str) -> None:
+    for name, data in saved(variant).items():
+        if name.endswith(".png"):
+            assert data.startswith(b"\x89PNG")
+            assert int.from_bytes(data[16:20], "big") == 2 * 96 * 8
+
+
+def test_density_shows_both_signs_on_a_logarithmic_scale_with_known_eigenvalues_as_ticks() -> None:
+    content = fake_report()
+    (axes,) = figures.density(content).axes
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    assert axes.get_yscale() == "log"
+    assert {"positive", "negative", "known eigenvalues", "height of one eigenvalue"} <= lines.keys()
+    assert list(lines["known eigenvalues"].get_xdata()) == content["density"]["exact"]
+    # An eigenvalue that occurs once, smoothed, reaches the line: here the isolated one at 2.2043.
+    height = lines["height of one eigenvalue"].get_ydata()[0]
+    at = min(range(512), key=lambda i: abs(content["density"]["grid"][i] - 2.2043))
+    assert content["density"]["density"][at] == pytest.approx(height, rel=0.02)
+
+
+def test_blocks_are_drawn_from_the_sharpest_down() -> None:
+    left, right = figures.blocks(fake_report()).axes
+    assert [text.get_text() for text in left.get_yticklabels()][:2] == ["layers.0.weight", "layers.1.weight"]
+    assert left.yaxis_inverted()
+    assert right.patches[0].get_width() == pytest.approx(62)
+
+
+def test_a_number_without_a_bound_is_drawn_as_a_triangle_that_points_there() -> None:
+    content = fake_report()
+    content["eigenvalues"]["largest"][1]["upper"] = None
+    content["eigenvalues"]["smallest"][0]["lower"] = None
+    largest, smallest = figures.eigenvalues(content).axes
+    assert [line.get_marker() for line in largest.get_lines()][1:8:2] == ["o", "^", "o", "o"]
+    assert [line.get_marker() for line in smallest.get_lines()][1::2] == ["o", "o", "v"]
+
+
+def test_checkpoints_are_named_without_extensions_unless_these_tell_them_apart() -> None:
+    def ticks(names: list[str]) -> list[str]:
+        below = figures.trajectory([bare_report(), fake_report()], names).axes[1]
+        return [text.get_text() for text in below.get_xticklabels()]
+
+    assert ticks(["a.pt", "b.pt"]) == ["a", "b"]
+    assert ticks(["a.pt", "a.safetensors"]) == ["a.pt", "a.safetensors"]
+
+
+def test_drawing_leaves_the_style_of_matplotlib_alone() -> None:
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    for figure in figures.draw(fake_report()).values():
+        figures.png(figure)
+    assert dict(matplotlib.rcParams) == before
+
+
+# ---- folder --------------------------------------------------------------------------------------------------------
+
+
+def test_save_writes_the_report_the_page_and_the_figures_and_no_more(variant: str, content: dict[str, Any]) -> None:
+    expected = {"report.json", "report.html"} | {f"{name}.png" for name in figures.draw(content)}
+    assert saved(variant).keys() == expected
+    assert json.loads(saved(variant)["report.json"]) == content
+
+
+def test_save_never_overwrites_without_force(tmp_path: Path) -> None:
+    Report(partial_report()).save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UsageError, match=r"already holds report\.json.*--force"):
+        Report(fake_report()).save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_forced_save_replaces_the_whole_report_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "mine.png").write_bytes(b"mine")
+    Report(partial_report()).save(tmp_path)
+    Report(bare_report()).save(tmp_path, force=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.html", "mine.png"}
+    assert Report.load(tmp_path).to_dict() == bare_report()
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_file_whole_and_no_debris(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Report(partial_report()).save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(UsageError, match="No space left on device"):
+        Report(fake_report()).save(tmp_path, force=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_numbers_are_safe_before_anything_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(report: Any) -> None:
+        raise RuntimeError("no pictures today")
+
+    monkeypatch.setattr(figures, "draw", broken)
+    with pytest.raises(RuntimeError, match="no pictures"):
+        Report(fake_report()).save(tmp_path)
+    assert Report.load(tmp_path).to_dict() == fake_report()
+
+
+def test_an_invalid_report_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="not a torchflat report"):
+        Report({**fake_report(), "trace": 3}).save(tmp_path / "audit")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_save_into_what_cannot_be_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "audit", tmp_path / ("a" * 300)):
+        with pytest.raises(UsageError, match="cannot write the report to"):
+            Report(bare_report()).save(folder)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "no valid JSON"),
+        (b"{", "no valid JSON"),
+        (b"\xff\xfe", "no valid JSON"),
+        (b"[" * 100_000, "no valid JSON"),
+        (b"[]", "holds a list"),
+        (b"{}", "schema_version None"),
+        (b'{"schema_version": "1"}', "required"),
+    ],
+)
+def test_load_refuses_what_is_no_report(tmp_path: Path, data: bytes, message: str) -> None:
+    (tmp_path / "report.json").write_bytes(data)
+    with pytest.raises(UsageError, match=message):
+        Report.load(tmp_path)
+
+
+def test_load_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot read the report"):
+        Report.load(tmp_path)
+
+
+def test_load_refuses_nan(tmp_path: Path) -> None:
+    text = Report(fake_report()).to_json().replace("3.46602", "NaN", 1)
+    (tmp_path / "report.json").write_text(text)
+    with pytest.raises(UsageError, match="null"):
+        Report.load(tmp_path)

@@ -1,0 +1,1 @@
+"""Audit a checkpoint: find the task, read the weights, measure, report."""

@@ -1,0 +1,308 @@
+"""The figures of a report, drawn with matplotlib in one style. Each function takes the report's dict.
+
+A figure is made without pyplot: nothing global is touched, and no display is needed. :func:`png` renders one at twice
+the density of a screen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+from torchflat.audit.report import eigenvalue_name, shorten
+
+__all__ = ["FIGURES", "blocks", "convergence", "density", "draw", "eigenvalues", "png", "trajectory"]
+
+# Okabe and Ito's palette: told apart with any colour vision, and in grey by their lightness.
+BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#D55E00", "#009E73", "#8A8F98", "#1F2328"
+BLOCKS_SHOWN = 20
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+_STYLE: dict[Any, Any] = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#B4B9C1",
+    "axes.grid": True,
+    "axes.labelcolor": INK,
+    "axes.labelsize": 12,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 13,
+    "axes.titlepad": 10,
+    "figure.constrained_layout.h_pad": 0.08,
+    "figure.constrained_layout.use": True,
+    "figure.constrained_layout.w_pad": 0.08,
+    "figure.facecolor": "white",
+    "font.family": "DejaVu Sans",
+    "font.size": 12,
+    "grid.color": "#E4E7EB",
+    "grid.linewidth": 0.8,
+    "legend.fontsize": 11,
+    "legend.frameon": False,
+    "lines.linewidth": 2,
+    "text.color": INK,
+    "text.parse_math": False,  # names are the user's: a dollar sign is a dollar sign
+    "xtick.color": "#565C66",
+    "xtick.labelsize": 11,
+    "ytick.color": "#565C66",
+    "ytick.labelsize": 11,
+}
+
+
+def draw(report: Mapping[str, Any]) -> dict[str, Figure]:
+    """Return the figures of the parts that the report has, by name, in the order of :data:`FIGURES`."""
+    pairs = report.get("eigenvalues", {"largest": [], "smallest": []})
+    points = {
+        "convergence": [entry["value"] for entry in report.get("sharpness", {}).get("history", [])],
+        "eigenvalues": [row["value"] for row in pairs["largest"] + pairs["smallest"]],
+        "density": report.get("density", {}).get("density", []),
+        "blocks": [row["value"] for row in report.get("blocks", {}).get("rows", [])],
+    }
+    least = {"convergence": 2, "eigenvalues": 1, "density": 2, "blocks": 1}
+    known = {name: sum(value is not None for value in values) for name, values in points.items()}
+    return {name: figure(report) for name, figure in FIGURES.items() if known[name] >= least[name]}
+
+
+def png(figure: Figure) -> bytes:
+    """Return the figure as a PNG with two pixels to each pixel of a 96 dpi screen."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # names in scripts that the font lacks
+        figure.savefig(buffer, format="png", dpi=192, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def density(report: Mapping[str, Any]) -> Figure:
+    """Draw the spectral density on a logarithmic scale, with its standard error; known eigenvalues are ticks."""
+    part = report["density"]
+    grid, values = part["grid"], [math.nan if value is None else value for value in part["density"]]
+    errors = [error or 0.0 for error in part.get("standard_error", [0.0] * len(grid))]
+    single = _height_of_one_eigenvalue(report)
+    top = max((value for value in values if value > 0), default=1.0)
+    floor = min(single / 10, top / 100) if single else top * 1e-6
+    with _figure(8, 4.2) as (figure, (axes,)):
+        for sign, colour, label in ((1, BLUE, "positive"), (-1, ORANGE, "negative")):
+            part_of = [sign * x >= 0 for x in grid]
+            if not any(part_of) or not any(
+                inside and value > floor for inside, value in zip(part_of, values, strict=True)
+            ):
+                continue
+            shown = [max(value, floor) for value in values]
+            low = [max(value - error, floor) for value, error in zip(values, errors, strict=True)]
+            high = [max(value + error, floor) for value, error in zip(values, errors, strict=True)]
+            axes.fill_between(grid, floor, shown, where=part_of, color=colour, alpha=0.14, linewidth=0)
+            axes.fill_between(grid, low, high, where=part_of, color=colour, alpha=0.35, linewidth=0)
+            axes.plot(
+                grid,
+                [v if inside else math.nan for v, inside in zip(shown, part_of, strict=True)],
+                color=colour,
+                label=label,
+            )
+        axes.axvline(0, color=INK, linewidth=1)
+        if single:
+            axes.axhline(single, color=GREY, linewidth=1.2, linestyle=(0, (4, 3)), label="height of one eigenvalue")
+        if part.get("exact"):
+            axes.plot(
+                part["exact"],
+                [floor] * len(part["exact"]),
+                "|",
+                color=INK,
+                markersize=16,
+                markeredgewidth=1.8,
+                label="known eigenvalues",
+                clip_on=False,
+            )
+        axes.set(ylim=(floor, 3 * top), xlabel="eigenvalue of the Hessian", ylabel="share per unit")
+        axes.set_xlim(grid[0], grid[-1])
+        axes.set_title("Spectral density")
+        axes.legend(loc="upper right", ncols=2, borderaxespad=0, handlelength=1.4, columnspacing=1.2)
+        _logarithmic(axes)
+        return figure
+
+
+def _height_of_one_eigenvalue(report: Mapping[str, Any]) -> float | None:
+    """Return the density at the centre of a smoothed eigenvalue that occurs once: 1 / (n width sqrt(2 pi))."""
+    width, parameters = report["density"].get("width"), report.get("point", {}).get("parameters")
+    return 1 / (parameters * width * math.sqrt(2 * math.pi)) if width and parameters else None
+
+
+def convergence(report: Mapping[str, Any]) -> Figure:
+    """Draw λ₁ with its interval, and the relative width of the interval, against the products spent."""
+    history = report["sharpness"]["history"]
+    products = [entry["products"] for entry in history]
+    with _figure(8, 3.6, columns=2) as (figure, (left, right)):
+        _band(left, products, history)
+        left.set(xlabel="Hessian products", ylabel="λ₁")
+        left.set_title("Interval of λ₁")
+        _focus(left, history)
+        known = [(entry["products"], width) for entry in history if (width := _relative_width(entry))]
+        if known:
+            right.plot(*zip(*known, strict=True), color=BLUE, marker="o", markersize=4)
+            # Whole decades: else there may be no labelled tick at all.
+            powers = [math.log10(width) for _, width in known]
+            right.set_ylim(10.0 ** math.floor(min(powers)), 10.0 ** math.ceil(max(powers) + 1e-9))
+            _logarithmic(right)
+        right.set(xlabel="Hessian products", xlim=left.get_xlim())
+        right.set_title("Width of the interval / |λ₁|")
+        for axes in (left, right):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        return figure
+
+
+def _logarithmic(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: "10" + f"{math.log10(value):.0f}".translate(_RAISED)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _relative_width(entry: Mapping[str, Any]) -> float | None:
+    lower, value, upper = entry["lower"], entry["value"], entry["upper"]
+    if lower is None or upper is None or not value:
+        return None
+    return float((upper - lower) / abs(value))
+
+
+def _band(axes: Axes, x: Sequence[float], entries: Sequence[Mapping[str, Any]]) -> None:
+    """Draw values as a line with their intervals as a band; a bound that is not known leaves a gap in the band."""
+    value, lower, upper = ([_nan(entry[key]) for entry in entries] for key in ("value", "lower", "upper"))
+    axes.fill_between(x, lower, upper, color=BLUE, alpha=0.22, linewidth=0)
+    axes.plot(x, value, color=BLUE, marker="o", markersize=4)
+
+
+def _focus(axes: Axes, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Limit the scale to what the values span, and twice that above: the first bounds can be far off."""
+    values = [entry["value"] for entry in entries if entry["value"] is not None]
+    last = entries[-1]
+    if not values or last["upper"] is None or last["lower"] is None:
+        return
+    low, high = min(*values, last["lower"]), max(*values, last["upper"])
+    if high > low:
+        axes.set_ylim(low - 0.1 * (high - low), high + 0.6 * (high - low))
+
+
+def eigenvalues(report: Mapping[str, Any]) -> Figure:
+    """Draw the largest and the smallest eigenvalues with their intervals."""
+    pairs = report["eigenvalues"]
+    sides = [(pairs["largest"], False), (pairs["smallest"], True)]
+    sides = [(rows, smallest) for rows, smallest in sides if rows]
+    with _figure(8, 3.6, columns=len(sides)) as (figure, panels):
+        for axes, (rows, smallest) in zip(panels, sides, strict=True):
+            names = [eigenvalue_name(index, smallest) for index in range(len(rows))]
+            if smallest:
+                rows, names = rows[::-1], names[::-1]
+            colours = [ORANGE if (row["value"] or 0) < 0 else BLUE for row in rows]
+            for x, (row, colour) in enumerate(zip(rows, colours, strict=True)):
+                _interval(axes, x, row, colour)
+            axes.set_title("Smallest eigenvalues" if smallest else "Largest eigenvalues")
+            axes.set_xticks(range(len(names)), names)
+            axes.set_xlim(-0.6, len(names) - 0.4)
+            axes.grid(axis="x", visible=False)
+            low, high = axes.get_ylim()
+            if low < 0 < high:
+                axes.axhline(0, color=INK, linewidth=1)
+        return figure
+
+
+def _interval(axes: Axes, x: float, row: Mapping[str, Any], colour: str) -> None:
+    """Draw a number as a dot on the bar of its interval, or as a triangle that points to where it has no bound."""
+    lower, upper = _nan(row["lower"]), _nan(row["upper"])
+    axes.plot([x, x], [lower, upper], color=colour, linewidth=8, alpha=0.35, solid_capstyle="butt")
+    marker = "^" if row["upper"] is None else "v" if row["lower"] is None else "o"
+    axes.plot([x], [_nan(row["value"])], marker, color=colour, markersize=5 if marker == "o" else 8)
+
+
+def blocks(report: Mapping[str, Any]) -> Figure:
+    """Draw the sharpest blocks: their own λ₁ with its interval, and their share of the top eigenvector."""
+    rows = [row for row in report["blocks"]["rows"] if row["value"] is not None]
+    total, rows = len(report["blocks"]["rows"]), sorted(rows, key=lambda row: -row["value"])[:BLOCKS_SHOWN]
+    positions = range(len(rows))
+    with _figure(8, 1.3 + 0.3 * max(len(rows), 3), columns=2, widths=(2.2, 1), share_y=True) as (figure, (left, right)):
+        left.barh(positions, [row["value"] for row in rows], height=0.62, color=BLUE)
+        for y, row in zip(positions, rows, strict=True):
+            left.plot(
+                [_nan(row["lower"]), _nan(row["upper"])], [y, y], color=INK, linewidth=1.6, marker="|", markersize=7
+            )
+        left.set_yticks(positions, [shorten(row["name"], 32) for row in rows])
+        left.invert_yaxis()
+        left.set_title("λ₁ of the block" if len(rows) == total else f"λ₁ of the block: {len(rows)} sharpest of {total}")
+        right.barh(positions, [100 * _nan(row.get("share")) for row in rows], height=0.62, color=GREEN)
+        right.set_title("% of top vector")
+        right.tick_params(labelleft=False)
+        for axes in (left, right):
+            axes.grid(axis="y", visible=False)
+            axes.tick_params(axis="y", length=0)
+            axes.axvline(0, color=INK, linewidth=1)
+        return figure
+
+
+def trajectory(reports: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figure:
+    """Draw λ₁ with its interval, and the loss, along a series of checkpoints."""
+    unknown = dict.fromkeys(("value", "lower", "upper"))
+    entries = [report.get("sharpness", unknown) for report in reports]
+    positions = range(len(reports))
+    with _figure(8, 5, rows=2) as (figure, (above, below)):
+        above.plot(positions, [_nan(entry["value"]) for entry in entries], color=BLUE, linewidth=1.2)
+        for x, entry in zip(positions, entries, strict=True):
+            _interval(above, x, entry, BLUE)
+        above.set_title("λ₁ with its interval")
+        above.set_xlim(-0.4, len(reports) - 0.6)
+        above.set_xticks(positions, [])
+        below.plot(
+            positions,
+            [_nan(report.get("point", {}).get("loss")) for report in reports],
+            color=ORANGE,
+            marker="s",
+            markersize=4,
+        )
+        below.set_title("Loss")
+        below.set_xlim(-0.4, len(reports) - 0.6)
+        every = math.ceil(len(names) / 12)
+        below.set_xticks(
+            positions[::every], [shorten(name, 18) for name in _stems(names)[::every]], rotation=30, ha="right"
+        )
+        return figure
+
+
+def _stems(names: Sequence[str]) -> Sequence[str]:
+    """Return the names without their extensions, unless these tell them apart."""
+    stems = [PurePath(name).stem for name in names]
+    return stems if len(set(stems)) == len(set(names)) else names
+
+
+FIGURES: dict[str, Callable[[Mapping[str, Any]], Figure]] = {
+    "convergence": convergence,
+    "eigenvalues": eigenvalues,
+    "density": density,
+    "blocks": blocks,
+}
+
+
+@contextlib.contextmanager
+def _figure(
+    width: float,
+    height: float,
+    rows: int = 1,
+    columns: int = 1,
+    widths: Sequence[float] | None = None,
+    share_y: bool = False,
+) -> Iterator[tuple[Figure, list[Axes]]]:
+    """Give a figure of ``width`` by ``height`` inches and its panels, and keep the style in force meanwhile."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height))
+        grid = figure.subplots(rows, columns, squeeze=False, width_ratios=widths, sharey=share_y)
+        panels = [axes for row in grid for axes in row]
+        yield figure, panels
+
+
+def _nan(value: float | None) -> float:
+    return math.nan if value is None else float(value)

@@ -1,0 +1,98 @@
+"""What can be chosen about an audit: the keywords of ``torchflat.audit``, the flags of the command, the keys of a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any, Literal
+
+import torch
+
+from torchflat.errors import UsageError
+
+__all__ = ["PARTS", "Options", "parse_duration"]
+
+PARTS = ("sharpness", "eigenvalues", "trace", "density", "blocks")
+
+_SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How an audit is carried out. Every field has a default that suits a first look."""
+
+    rtol: float = 1e-2
+    """How narrow the interval of the sharpness is to be, relative to its value."""
+    confidence: float = 0.99
+    """Probability with which every interval holds, over the random starts."""
+    seed: int = 0
+    """Of all random starts and probes. Same seed, same machine, same threads: same numbers."""
+    budget: str | None = None
+    """Time for the whole audit, such as 10m, 90s or 2h. What is not finished then says so."""
+    parts: tuple[Literal["sharpness", "eigenvalues", "trace", "density", "blocks"], ...] = PARTS
+    """What to measure besides the loss and its gradient."""
+    top: int = 5
+    """How many of the largest eigenvalues."""
+    smallest: int = 1
+    """How many of the smallest eigenvalues."""
+    method: Literal["auto", "lanczos", "power"] = "auto"
+    """How to find the sharpness; power is the textbook iteration, as a cross-check."""
+    by: Literal["module", "tensor"] = "module"
+    """What a block is."""
+    params: tuple[str, ...] | None = None
+    """Names, wildcards or submodules of the parameters to audit; !name leaves out. Default: the task's choice."""
+    rows: int | None = None
+    """Audit a random subset of so many rows of the data."""
+    device: str | None = None
+    """Where to compute, such as cuda or cpu. Default: where the model is."""
+    dtype: Literal["float32", "float64"] | None = None
+    """Working precision. Default: the model's, and float32 for half precision."""
+    microbatch: int | None = None
+    """Rows that go through the model at once. Default: what the memory budget suggests."""
+    memory: str = "2GiB"
+    """Budget for retained graphs, Krylov vectors and workspace together."""
+    key: str | None = None
+    """Which weights of the checkpoint to take, if it holds several (for example ema)."""
+    trust_pickle: bool = False
+    """Read pickles that run code. Only for files whose author you trust."""
+
+    def __post_init__(self) -> None:
+        for field in ("top", "smallest"):
+            if getattr(self, field) < 0:
+                raise UsageError(f"{field}={getattr(self, field)}: it must not be negative")
+        if self.rows is not None and self.rows < 1:
+            raise UsageError(f"rows={self.rows}: it must be a positive number of rows")
+        if unknown := [part for part in self.parts if part not in PARTS]:
+            raise UsageError(f"parts: {unknown[0]!r} is not one of {', '.join(PARTS)}")
+        if self.dtype not in (None, "float32", "float64"):
+            raise UsageError(f"dtype={self.dtype!r}: choose float32 or float64")
+        parse_duration(self.budget)
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """The working precision as torch knows it."""
+        return getattr(torch, self.dtype) if self.dtype else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for the report's provenance."""
+        return {key: list(item) if isinstance(item, tuple) else item for key, item in vars(self).items()}
+
+
+def parse_duration(text: str | None) -> float | None:
+    """Seconds in ``"10m"``, ``"1h30m"``, ``"45"`` (seconds); None for None.
+
+    >>> parse_duration("10m"), parse_duration("1h30m"), parse_duration("2.5s")
+    (600.0, 5400.0, 2.5)
+    """
+    if text is None:
+        return None
+    parts = re.findall(r"([0-9.]+)([smhd]?)", text.lower())
+    if not parts or "".join(map("".join, parts)) != text.lower().strip():
+        raise UsageError(f"budget={text!r} is no duration: write it like 10m, 90s or 1h30m")
+    try:
+        seconds = sum(float(amount) * _SECONDS[unit] for amount, unit in parts)
+    except ValueError:
+        raise UsageError(f"budget={text!r} is no duration: write it like 10m, 90s or 1h30m") from None
+    if not seconds > 0:
+        raise UsageError(f"budget={text!r}: it must be longer than nothing")
+    return seconds

@@ -1,0 +1,408 @@
+"""The report of an audit: one JSON-ready dict, its schema, a text table, and the folder it is saved to."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import decimal
+import functools
+import json
+import os
+import textwrap
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from torchflat.errors import UsageError
+from torchflat.result import Status
+
+__all__ = ["Report", "schema"]
+
+WIDTH = 80
+BLOCKS_IN_TEXT = 12
+PARTS = {"sharpness": "λ₁", "eigenvalues": "eigenvalues", "trace": "trace", "density": "density", "blocks": "blocks"}
+_SUBSCRIPTS = str.maketrans("0123456789-n", "₀₁₂₃₄₅₆₇₈₉₋ₙ")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What one audit found. ``content`` is the dict that ``schema.json`` describes; ``None`` is unknown or infinite.
+
+    >>> versions = {"torchflat": "0.1.0", "torch": "2.10.0", "python": "3.10.0"}
+    >>> report = Report({"schema_version": "1", "status": "partial", "provenance": versions})
+    >>> report.validate().to_dict()["status"]
+    'partial'
+    """
+
+    content: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content as a dict of its own: changing it does not change the report."""
+        return copy.deepcopy(dict(self.content))
+
+    def to_json(self) -> str:
+        """Return the content as indented JSON with a final newline. Raises ``ValueError`` if a number is not finite."""
+        return json.dumps(self.content, indent=2, allow_nan=False) + "\n"
+
+    def text(self) -> str:
+        """Return the report as a table for a terminal, at most 80 columns wide whatever it holds."""
+        return "\n".join(line.rstrip() for part in _TEXT_PARTS for line in part(self.content)) + "\n"
+
+    def validate(self) -> Report:
+        """Return the report itself, or raise :class:`~torchflat.errors.UsageError` naming what the schema refuses."""
+        import jsonschema
+
+        version = self.content.get("schema_version")
+        if version != "1":
+            raise UsageError(
+                f"the report has schema_version {version!r}, this torchflat reads '1': use the one it is from"
+            )
+        fault = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema()).iter_errors(self.content))
+        if fault is not None:
+            raise UsageError(f"not a torchflat report: {fault.json_path}: {shorten(fault.message, 160)}")
+        try:
+            self.to_json()
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"not a torchflat report: {error}; unknown and infinite numbers are null") from error
+        density = self.content.get("density", {})
+        lengths = {key: len(density[key]) for key in ("grid", "density", "standard_error") if key in density}
+        if len(set(lengths.values())) > 1:
+            raise UsageError(f"not a torchflat report: the lists of $.density differ in length: {lengths}")
+        return self
+
+    def save(self, folder: str | os.PathLike[str], force: bool = False) -> Path:
+        """Write ``report.json``, ``report.html`` and the figures (``*.png``) into ``folder``, and return it.
+
+        The folder is made if need be. Every file appears whole or not at all, and ``report.json`` comes first, since
+        all the others can be made again from it: ``Report.load(folder).save(folder, force=True)``.
+
+        Raises :class:`~torchflat.errors.UsageError` if the folder holds a report and ``force`` is not given, or if it
+        cannot be written.
+        """
+        from torchflat.audit import figures, page
+
+        self.validate()
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not force and (held := [name for name in ("report.json", "report.html") if (folder / name).exists()]):
+                raise UsageError(f"{folder} already holds {held[0]}: name another folder, or overwrite it with --force")
+            _write(folder / "report.json", self.to_json().encode())
+            pictures = {name: figures.png(figure) for name, figure in figures.draw(self.content).items()}
+            for name in figures.FIGURES:
+                if name in pictures:
+                    _write(folder / f"{name}.png", pictures[name])
+                else:
+                    (folder / f"{name}.png").unlink(missing_ok=True)  # of the report that is being replaced
+            _write(folder / "report.html", page.report_page(self.content, pictures).encode())
+        except OSError as error:
+            raise UsageError(f"cannot write the report to {folder}: {error.strerror}; name another folder") from error
+        return folder
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Report:
+        """Return the report saved at ``path``: a ``report.json``, or the folder that holds it.
+
+        Raises :class:`~torchflat.errors.UsageError` if there is none, or if the schema refuses it.
+        """
+        path = Path(path)
+        path = path / "report.json" if path.is_dir() else path
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UsageError(f"cannot read the report {path}: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{path} is not a torchflat report: no valid JSON ({error})") from error
+        if not isinstance(content, dict):
+            raise UsageError(f"{path} is not a torchflat report: it holds a {type(content).__name__}, not an object")
+        return cls(content).validate()
+
+
+@functools.cache
+def schema() -> dict[str, Any]:
+    """Return the JSON schema of a report (draft 2020-12). Shared by all callers: not to be changed."""
+    content: dict[str, Any] = json.loads(Path(__file__).with_name("schema.json").read_text(encoding="utf-8"))
+    return content
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---- numbers -------------------------------------------------------------------------------------------------------
+
+
+def number(
+    value: float | None, digits: int = 4, place: int | None = None, rounding: str = decimal.ROUND_HALF_EVEN
+) -> str:
+    """Return ``value`` rounded to ``digits`` significant digits, or to fewer if ``10**place`` is the last to be shown.
+
+    Two digits are always left. Numbers below 1e-4, from 1e6 on, or without a digit at the units are written with an
+    exponent; an unknown number is a dash.
+
+    >>> number(3.46729), number(3.46729, place=-1), number(4.6e-12), number(-123456.7), number(None)
+    ('3.467', '3.5', '4.600e-12', '-1.235e5', '–')
+    """
+    if value is None:
+        return "–"
+    if value == 0:
+        return "0"
+    exact = Decimal(repr(value))
+    leading = exact.adjusted()
+    last = leading - digits + 1 if place is None else min(max(place, leading - digits + 1), leading - 1)
+    rounded = exact.quantize(Decimal(1).scaleb(last), rounding=rounding)
+    leading = rounded.adjusted()
+    if last <= 0 and -4 <= leading < 6:
+        return f"{rounded:f}"
+    return f"{rounded.scaleb(-leading):f}e{leading}"
+
+
+def span(value: float | None, lower: float | None, upper: float | None, digits: int = 6) -> tuple[str, str]:
+    """Return a number and its interval with the digits that the width of the interval supports, and one more.
+
+    The bounds are rounded outwards, so that the interval that is shown holds whenever the true one does.
+
+    >>> span(3.46729, 3.4603, 3.4709)
+    ('3.467', '[3.460, 3.471]')
+    >>> span(3.46729, 3.4603, None)
+    ('3.467', '[3.460, ∞)')
+    """
+    if lower is None or upper is None:
+        digits, place = min(digits, 4), None
+    elif upper == lower:
+        place = None
+    else:
+        # In Decimal: the difference of two huge floats of opposite sign can overflow.
+        place = (Decimal(repr(upper)) - Decimal(repr(lower))).adjusted() - 1
+    low = "(−∞" if lower is None else "[" + number(lower, digits, place, decimal.ROUND_FLOOR)
+    high = "∞)" if upper is None else number(upper, digits, place, decimal.ROUND_CEILING) + "]"
+    return number(value, digits, place), f"{low}, {high}"
+
+
+def confidence(value: float | None) -> str:
+    """Return a probability in per cent, rounded down: 0.99 is ``99 %``, and nothing below 1 becomes ``100 %``."""
+    if value is None:
+        return "–"
+    percent = (100 * Decimal(repr(value))).quantize(Decimal("0.01"), rounding=decimal.ROUND_FLOOR)
+    return f"{percent.normalize():f} %"
+
+
+def count(value: float | None) -> str:
+    """Return a count with separators; fractions (half a pass) keep one decimal. ``12,345``, ``17.5``, ``–``."""
+    if value is None:
+        return "–"
+    if value >= 1e12:
+        return number(value)
+    return f"{value:,.1f}".removesuffix(".0")
+
+
+def duration(seconds: float | None) -> str:
+    """Return a time in the unit that suits it: ``0.42 s``, ``12.4 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.2f} s" if seconds < 9.995 else f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{count(whole // 3600)} h {whole % 3600 // 60} min"
+
+
+def memory(size: float | None) -> str:
+    """Return a number of bytes in binary units: ``512 B``, ``1.5 GiB``."""
+    if size is None:
+        return "–"
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:,.1f} TiB"
+
+
+# ---- text ----------------------------------------------------------------------------------------------------------
+
+
+def printable(text: str) -> str:
+    """Return ``text`` on one line, with what a terminal would obey rather than show replaced by ``�``."""
+    return "".join(character if character.isprintable() else "�" for character in " ".join(text.split()))
+
+
+def shorten(text: str, width: int) -> str:
+    """Return ``text``, printable, in at most ``width`` columns: the middle of what is longer becomes ``…``.
+
+    >>> shorten("transformer.layers.11.attention.query.weight", 24)
+    'transformer…query.weight'
+    """
+    text = printable(text)
+    if _columns(text) <= width:
+        return text
+    head = tail = ""
+    while True:
+        longer = (head + text[len(head)], tail) if len(head) < len(tail) else (head, text[-1 - len(tail)] + tail)
+        if _columns("".join(longer)) + 1 > width:
+            return f"{head}…{tail}"
+        head, tail = longer
+
+
+def _columns(text: str) -> int:
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+
+
+def _pad(text: str, width: int, right: bool = False) -> str:
+    blank = " " * (width - _columns(text))
+    return blank + text if right else text + blank
+
+
+def _wrap(text: str, mark: str) -> list[str]:
+    text = printable(text)
+    # Where characters are two columns wide, half as many fit.
+    width = WIDTH if _columns(text) == len(text) else WIDTH // 2
+    return textwrap.wrap(text, width, initial_indent=f"{mark} ", subsequent_indent="  ")
+
+
+def eigenvalue_name(index: int, smallest: bool = False) -> str:
+    """Return ``λ₁``, ``λ₂``, … for index 0, 1, … from the largest; ``λₙ``, ``λₙ₋₁``, … from the smallest."""
+    name = ("n" if index == 0 else f"n-{index}") if smallest else str(index + 1)
+    return "λ" + name.translate(_SUBSCRIPTS)
+
+
+def _mark(status: str) -> str:
+    return "✓" if status == Status.CONVERGED.name else "!"
+
+
+def _header_text(report: Mapping[str, Any]) -> Iterator[str]:
+    provenance, point = report["provenance"], report.get("point", {})
+    checkpoint, data = provenance.get("checkpoint") or {}, provenance.get("data") or {}
+    if report["status"] == "partial":
+        yield from _wrap("PARTIAL REPORT: the audit did not finish; what is missing has not run.", "!")
+        yield ""
+    rows = point.get("rows", data.get("rows"))
+    facts: tuple[tuple[str, Any, Callable[[Any], str]], ...] = (
+        ("task", provenance.get("task"), str),
+        ("checkpoint", checkpoint.get("path"), str),
+        ("data", rows, lambda rows: f"{count(rows)} rows"),
+        ("parameters", point.get("parameters"), count),
+        ("loss", point.get("loss"), number),
+        ("|gradient|", point.get("gradient_norm"), number),
+    )
+    for label, fact, show in facts:
+        if fact is not None:
+            yield f"{label:<12}{shorten(show(fact), WIDTH - 12)}"
+
+
+def _table(rows: Sequence[Sequence[str]], right: Sequence[int]) -> Iterator[str]:
+    """Lay out rows (the first is the head) in columns; the first column gives way where 80 columns are not enough."""
+    widths = [max(_columns(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths[0] = min(widths[0], WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1))
+    for row in rows:
+        cells = (_pad(shorten(cell, widths[i]), widths[i], right=i in right) for i, cell in enumerate(row))
+        yield "  ".join(cells)
+
+
+def _numbers_text(report: Mapping[str, Any]) -> Iterator[str]:
+    rows = [
+        (label, *span(part["value"], part["lower"], part["upper"]), confidence(level), _mark(status))
+        for label, part, level, status in _measured(report)
+    ]
+    if rows:
+        yield ""
+        yield from _table([("", "value", "interval", "conf.", ""), *rows], right=(1, 3))
+    if report.get("sharpness", {}).get("largest_stable_step", ...) is None:
+        yield "2/λ₁ stable step: none, because λ₁ is not positive"
+
+
+def _measured(report: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], float | None, str]]:
+    """Yield label, interval, confidence and status of every number that has an interval, but for the blocks."""
+    sharpness, pairs, trace = (report.get(key) for key in ("sharpness", "eigenvalues", "trace"))
+    if sharpness:
+        yield "λ₁ sharpness", sharpness, sharpness["confidence"], sharpness["status"]
+        if sharpness.get("largest_stable_step"):
+            yield "2/λ₁ stable step", sharpness["largest_stable_step"], sharpness["confidence"], sharpness["status"]
+    if pairs:
+        # λ₁ stands above, from the run that was made for it.
+        for index, pair in list(enumerate(pairs["largest"]))[1 if sharpness else 0 :]:
+            yield eigenvalue_name(index), pair, pairs["confidence"], pairs["status"]
+        for index, pair in reversed(list(enumerate(pairs["smallest"]))):
+            label = eigenvalue_name(index, smallest=True) + (" smallest" if index == 0 else "")
+            yield label, pair, pairs["confidence"], pairs["status"]
+    if trace:
+        yield "trace", trace, trace["confidence"], trace["status"]
+
+
+def _blocks_text(report: Mapping[str, Any]) -> Iterator[str]:
+    blocks = report.get("blocks")
+    if not blocks or not blocks["rows"]:
+        return
+    ranked = sorted(blocks["rows"], key=lambda row: (row["value"] is None, -(row["value"] or 0)))
+    rows = [
+        (
+            printable(row["name"]),
+            count(row["parameters"]),
+            *span(row["value"], row["lower"], row["upper"], digits=4),
+            share(row.get("share")),
+            _mark(row["status"]),
+        )
+        for row in ranked[:BLOCKS_IN_TEXT]
+    ]
+    head = (f"block ({confidence(blocks['confidence'])})", "size", "λ₁", "interval", "share", "")
+    yield ""
+    yield from _table([head, *rows], right=(1, 2, 4))
+    if len(ranked) > len(rows):
+        yield f"… and {count(len(ranked) - len(rows))} more blocks below these"
+
+
+def share(value: float | None) -> str:
+    """Return a share (0 to 1) in per cent: ``37 %``, ``<1 %``."""
+    if value is None:
+        return "–"
+    return "<1 %" if 0 < value < 0.005 else f"{100 * min(value, 1):.0f} %"
+
+
+def _notes_text(report: Mapping[str, Any]) -> Iterator[str]:
+    notes = list(notes_of(report))
+    if notes:
+        yield ""
+    for note in notes:
+        yield from _wrap(note, "!")
+
+
+def notes_of(report: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what the reader should be warned of: how parts ended that did not converge, and the audit's own notes."""
+    for key, name in PARTS.items():
+        status = report.get(key, {}).get("status", Status.CONVERGED.name)
+        if status != Status.CONVERGED.name:
+            yield f"{name}: {Status[status].value}."
+    yield from report["provenance"].get("notes", ())
+
+
+def _footer_text(report: Mapping[str, Any]) -> Iterator[str]:
+    yield ""
+    cost, provenance = report.get("cost"), report["provenance"]
+    if cost:
+        spent = (
+            f"{count(cost['gradients'])} gradients ({count(cost['products'])} products), {duration(cost['seconds'])}"
+        )
+        peak = cost.get("peak_memory_bytes")
+        yield from _wrap(f"cost: {spent}" + ("" if peak is None else f", {memory(peak)} at the peak"), "·")
+    facts: Sequence[str | None] = (
+        f"torchflat {provenance['torchflat']}",
+        f"torch {provenance['torch']}",
+        provenance.get("device"),
+        provenance.get("dtype"),
+        f"seed {provenance['seed']}" if provenance.get("seed") is not None else None,
+        f"{provenance['ops']} kernels" if provenance.get("ops") else None,
+    )
+    yield from _wrap(", ".join(fact for fact in facts if fact), "·")
+
+
+_TEXT_PARTS = (_header_text, _numbers_text, _blocks_text, _notes_text, _footer_text)

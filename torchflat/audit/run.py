@@ -1,0 +1,339 @@
+"""The audit: every part in turn on one objective, sharing what earlier parts found, and a report whatever happens."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from torchflat import ops
+from torchflat.audit.checkpoint import Checkpoint, load_checkpoint
+from torchflat.audit.options import Options, parse_duration
+from torchflat.audit.report import Report
+from torchflat.audit.task import Task, load_task
+from torchflat.errors import UsageError
+from torchflat.objective import Objective
+from torchflat.result import Answer, Status
+from torchflat.spectrum import NotConvergedWarning, Sharpness, block_sharpness, sharpness, spectral_density, trace
+from torchflat.spectrum.eigenpairs import Eigenpairs, extremal
+from torchflat.spectrum.krylov import Krylov
+from torchflat.spectrum.run import Run
+
+__all__ = ["Interrupted", "Progress", "audit"]
+
+# Of the time that is left, no part but the last may take more than this share of it.
+SHARE = 0.6
+# Choices that change what an audit costs, and not what it finds: a resumed audit may differ in them.
+COST_ONLY = ("budget", "memory", "microbatch", "trust_pickle")
+BUDGET = 2000.0
+
+
+class Progress(Protocol):
+    """Told what the audit is doing: the part, a line about how far it is, and the fraction done if that is known."""
+
+    def __call__(self, part: str, line: str, fraction: float | None) -> None: ...
+
+
+class Interrupted(KeyboardInterrupt):
+    """The audit was interrupted; ``report`` holds what was found until then, and can be resumed."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__("the audit was interrupted")
+        self.report = report
+
+
+def audit(
+    task: Task | str,
+    checkpoint: str | Path | None = None,
+    *,
+    task_options: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    resume: Report | None = None,
+    command: str | None = None,
+    options: Options | None = None,
+    **choices: Any,
+) -> Report:
+    """Measure how sharp ``checkpoint`` is for ``task``, and return a :class:`Report`.
+
+    Args:
+        task: a :class:`Task`, its address (``"file.py:function"``, ``"package.module:function"``) or a built-in name.
+        checkpoint: file with the weights; None audits the task's model as it is.
+        task_options: keyword arguments for the task's function.
+        progress: called as the audit goes on.
+        resume: a partial report of the same audit, whose finished parts are taken over.
+        command: what was typed, for the report.
+        choices: fields of :class:`~torchflat.audit.options.Options`; ``options`` gives them all at once.
+
+    Raises:
+        TorchflatError: the task, the checkpoint, the data or an option is wrong; each error names the cure.
+        Interrupted: on Ctrl-C, with the partial report.
+
+    >>> X, Y = torch.eye(4), torch.zeros(4, 1)
+    >>> report = audit(Task(torch.nn.Linear(4, 1), torch.nn.functional.mse_loss, (X, Y)), parts=("sharpness",))
+    >>> report.content["sharpness"]["status"]
+    'CONVERGED'
+    """
+    options = replace(options or Options(), **choices)
+    started = time.monotonic()
+    task = load_task(task, task_options) if isinstance(task, str) else task
+    model = task.make_model()
+    loaded = load_checkpoint(checkpoint, model, key=options.key, trust_pickle=options.trust_pickle) if checkpoint else None
+    if loaded is not None:
+        loaded.apply(model)
+    f = Objective(
+        model,
+        task.loss,
+        task.make_data(),
+        params=options.params or task.params,
+        device=options.device,
+        dtype=options.torch_dtype,
+        microbatch=options.microbatch,
+        memory=options.memory,
+        batch_loss=task.batch_loss,
+        weight_decay=task.weight_decay,
+    )
+    f = f if options.rows is None else f.subset(options.rows, options.seed)
+    provenance = _provenance(task, loaded, f, options, command)
+    work = _Audit(f, options, provenance, progress, started)
+    if resume is not None:
+        work.take_over(resume)
+    try:
+        with warnings.catch_warnings():
+            # The report carries every status, so that a warning would say it twice.
+            warnings.simplefilter("ignore", NotConvergedWarning)
+            work.run()
+    except KeyboardInterrupt:
+        raise Interrupted(work.report("partial")) from None
+    return work.report("complete" if not work.skipped else "partial")
+
+
+class _Audit:
+    """The state that the parts share."""
+
+    def __init__(
+        self, f: Objective, options: Options, provenance: dict[str, Any], progress: Progress | None, started: float
+    ) -> None:
+        self.f, self.options, self.provenance, self.progress = f, options, provenance, progress
+        self.started = started
+        self.notes: list[str] = list(provenance["notes"])
+        self.content: dict[str, Any] = {}
+        self.skipped: list[str] = []
+        self.krylov: Krylov | None = None
+        self.top: Tensor | None = None
+        self.known: tuple[Tensor, Tensor] | None = None
+        limit = parse_duration(options.budget)
+        self.deadline = math.inf if limit is None else started + limit
+        self._part = ""
+        self._part_deadline = math.inf
+
+    def run(self) -> None:
+        """Every part that was asked for and is not there yet, in an order in which each helps the next."""
+        parts: Mapping[str, Callable[[], dict[str, Any]]] = {
+            "point": self._point,
+            "sharpness": self._sharpness,
+            "eigenvalues": self._eigenvalues,
+            "trace": self._trace,
+            "density": self._density,
+            "blocks": self._blocks,
+        }
+        wanted = ["point", *(part for part in parts if part in self.options.parts)]
+        for part in wanted:
+            if part in self.content:
+                continue
+            left = self.deadline - time.monotonic()
+            if left <= 0 and part != "point":
+                self.skipped.append(part)
+                continue
+            self._part = part
+            self._part_deadline = time.monotonic() + (left if part == wanted[-1] else SHARE * left)
+            self.content[part] = parts[part]()
+
+    def report(self, status: str) -> Report:
+        """What is known now."""
+        notes = list(dict.fromkeys([*self.notes, *self.f.provenance()["notes"]]))
+        if self.skipped:
+            notes.append(f"the time budget was spent before: {', '.join(self.skipped)}; raise --budget, or --resume")
+        cost = {**self.f.cost.to_dict(), "seconds": time.monotonic() - self.started, "peak_memory_bytes": _peak_memory()}
+        provenance = {**self.provenance, **{k: v for k, v in self.f.provenance().items() if k != "notes"}, "notes": notes}
+        content = {"schema_version": "1", "status": status, "provenance": provenance, **self.content, "cost": cost}
+        return Report(content).validate()
+
+    def take_over(self, earlier: Report) -> None:
+        """Take the finished parts of an earlier report of the same audit."""
+        before, now = earlier.content["provenance"], self.provenance
+        for what, old, new in (
+            ("task", before.get("task"), now["task"]),
+            ("checkpoint", (before.get("checkpoint") or {}).get("sha256"), (now["checkpoint"] or {}).get("sha256")),
+            ("data", (before.get("data") or {}).get("sha256"), now["data"]["sha256"]),
+            *(
+                (f"option {key}", before.get("config", {}).get(key), value)
+                for key, value in now["config"].items()
+                if key not in COST_ONLY
+            ),
+        ):
+            if old != new:
+                raise UsageError(f"cannot resume: the {what} was {old!r} and is {new!r} now; audit into a new folder")
+        finished = {"CONVERGED", "ROUNDING_LIMITED", "NOT_CERTIFIED"}
+        for part in ("point", *self.options.parts):
+            held = earlier.content.get(part)
+            if held is not None and (part == "point" or held["status"] in finished):
+                self.content[part] = held
+        self.notes.append(f"resumed; taken over: {', '.join(self.content) or 'nothing'}")
+
+    def _tell(self, line: str, fraction: float | None = None) -> bool:
+        """Report progress; True asks the part to stop, because its time is up."""
+        if self.progress is not None:
+            self.progress(self._part, line, fraction)
+        return time.monotonic() > self._part_deadline
+
+    def _point(self) -> dict[str, Any]:
+        self._tell("gradient")
+        norm = float(ops.norm([self.f.gradient()]))
+        size = float(ops.norm([self.f.x]))
+        return _finite(
+            {
+                "loss": self.f.value(),
+                "gradient_norm": norm,
+                "parameter_norm": size,
+                "parameters": self.f.n,
+                "rows": self.f.rows,
+            }
+        )
+
+    def _sharpness(self) -> dict[str, Any]:
+        options = self.options
+        self.krylov = None if options.method == "power" else Krylov.of(self.f, options.seed, "sharpness")
+
+        def told(answer: Sharpness) -> bool:
+            self.content["sharpness"] = _sharpness_part(replace(answer, status=Status.INTERRUPTED))
+            width = (answer.upper - answer.lower) / abs(answer.value) if answer.value else math.inf
+            return self._tell(f"λ₁ in [{answer.lower:.4g}, {answer.upper:.4g}], width {width:.1%}")
+
+        answer = sharpness(
+            self.f, options.rtol, options.confidence, options.method, options.seed, BUDGET, callback=told, krylov=self.krylov
+        )
+        self.top = answer.vector
+        return _sharpness_part(answer)
+
+    def _eigenvalues(self) -> dict[str, Any]:
+        options = self.options
+        run = Run(self.f, options.rtol, None, options.confidence, BUDGET, lambda search: self._tell("Ritz pairs"))
+        krylov, self.krylov = self.krylov, None
+        largest, smallest = extremal(self.f, options.top, options.smallest, run, options.seed, krylov)
+        vectors = torch.cat([largest.vectors, smallest.vectors], dim=1)
+        if largest.status in (Status.CONVERGED, Status.ROUNDING_LIMITED):
+            self.known = torch.cat([largest.values, smallest.values]), vectors
+        if self.top is None and largest.pairs:
+            self.top = largest.vectors[:, 0]
+        return {
+            "largest": _pairs(largest),
+            "smallest": _pairs(smallest),
+            **_picked(largest, "confidence", "status", "cost"),
+        }
+
+    def _trace(self) -> dict[str, Any]:
+        basis = None if self.known is None else self.known[1]
+        answer = trace(
+            self.f,
+            confidence=self.options.confidence,
+            seed=self.options.seed,
+            budget=BUDGET,
+            basis=basis,
+            callback=lambda fraction: self._tell("probes", fraction),
+        )
+        return _picked(answer, "value", "lower", "upper", "confidence", "standard_error", "samples", "status", "cost")
+
+    def _density(self) -> dict[str, Any]:
+        answer = spectral_density(
+            self.f,
+            seed=self.options.seed,
+            budget=BUDGET,
+            known=self.known,
+            callback=lambda density: self._tell("starts"),
+        )
+        keys = ("grid", "density", "standard_error", "width", "exact", "starts", "steps", "status", "cost")
+        return _picked(answer, *keys)
+
+    def _blocks(self) -> dict[str, Any]:
+        answer = block_sharpness(
+            self.f,
+            confidence=self.options.confidence,
+            by=self.options.by,
+            seed=self.options.seed,
+            budget=BUDGET,
+            top=self.top,
+            callback=lambda fraction: self._tell("blocks", fraction),
+        )
+        keys = ("name", "parameters", "value", "lower", "upper", "status", "gradient_norm", "share")
+        return {"rows": [_picked(row, *keys) for row in answer.rows], **_picked(answer, "confidence", "status", "cost")}
+
+
+def _picked(answer: Answer, *keys: str) -> dict[str, Any]:
+    values = answer.to_dict()
+    return {key: values[key] for key in keys}
+
+
+def _pairs(answer: Eigenpairs) -> list[dict[str, Any]]:
+    return [_picked(pair, "value", "lower", "upper", "residual") for pair in answer.pairs]
+
+
+def _sharpness_part(answer: Sharpness) -> dict[str, Any]:
+    keys = ("value", "lower", "upper", "confidence", "status", "basis", "residual", "floor", "steps", "cost", "history")
+    step = answer.largest_stable_step if answer.value > 0 else None
+    return {
+        **_picked(answer, *keys),
+        "largest_stable_step": None if step is None else _picked(step, "value", "lower", "upper"),
+    }
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
+
+
+def _provenance(
+    task: Task, checkpoint: Checkpoint | None, f: Objective, options: Options, command: str | None
+) -> dict[str, Any]:
+    from torchflat import __version__
+
+    return {
+        "torchflat": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "seed": options.seed,
+        "command": command,
+        "config": options.to_dict(),
+        "task": task.name or None,
+        "checkpoint": checkpoint and _picked(checkpoint, "path", "sha256", "format", "wrappers"),
+        "data": {"rows": f.rows, "sha256": f.fingerprint()},
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "notes": [*(checkpoint.notes if checkpoint else ()), *_cautions(f, options)],
+    }
+
+
+def _cautions(f: Objective, options: Options) -> list[str]:
+    notes = ["the model was audited in eval mode"]
+    if options.rows is not None:
+        notes.append(f"a random subset of {f.rows} rows was audited: all numbers are about these rows")
+    return notes
+
+
+def _peak_memory() -> int | None:
+    """Peak resident memory of the process, where the system tells it."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

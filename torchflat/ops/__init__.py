@@ -1,0 +1,110 @@
+"""Kernels that are called many times: orthogonalisation, dot products over tensor lists, accumulation.
+
+Each has one operator schema (namespace ``torchflat``), one readable twin in :mod:`torchflat.ops.reference`, and a
+compiled kernel where one is built; :func:`backend` says which one runs. All accumulate in float64 whatever the dtypes.
+They are not differentiable, and say so rather than return a constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torchflat.ops.library import backend, describe
+
+__all__ = ["axpy_", "backend", "describe", "dot", "norm", "orthogonalize_"]
+
+
+def orthogonalize_(basis: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
+    """Remove from ``vector``, in place, its components along the orthonormal rows of ``basis``.
+
+    With V = ``basis`` and w = ``vector``: w <- (I - V^T V) w by classical Gram-Schmidt done twice, which leaves
+    |V w| at rounding level ("twice is enough"). Products are accumulated in float64 whatever the dtype of the basis.
+
+    Args:
+        basis: (k, n), rows contiguous and orthonormal; k may be 0. float64, float32, bfloat16 or float16.
+        vector: (n,), contiguous float64; overwritten.
+
+    Returns:
+        ``(coefficients, norm)``: the (k,) float64 components that were removed (the sum of both sweeps), and the
+        Euclidean norm of what is left as a 0-dim float64 tensor.
+
+    Raises:
+        RuntimeError: if shapes, dtypes, devices or strides are not as above, or if autograd would have to follow.
+
+    >>> basis = torch.tensor([[1.0, 0.0, 0.0]])
+    >>> vector = torch.tensor([3.0, 0.0, -2.0], dtype=torch.float64)
+    >>> coefficients, norm = orthogonalize_(basis, vector)
+    >>> coefficients.tolist(), norm.item(), vector.tolist()
+    ([3.0], 2.0, [0.0, 0.0, -2.0])
+    """
+    _refuse_autograd("orthogonalize_", (basis, vector))
+    result: Tensor = torch.ops.torchflat.orthogonalize_(basis, vector)
+    _mark_changed((vector,))
+    return result[:-1], result[-1]
+
+
+def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """Sum of the elementwise products over two lists of tensors: sum_i <a_i, b_i>, a 0-dim float64 tensor.
+
+    Products and sums are taken in float64, in a fixed order, with an error that does not grow with the length. The
+    tensors of a pair have the same shape and may differ in dtype and strides. Empty lists give 0.
+
+    Raises:
+        RuntimeError: if the lists do not pair up, lie on several devices, or autograd would have to follow.
+
+    >>> ones = torch.ones(3, 2)
+    >>> dot([ones, ones[0]], [2 * ones, ones[1].double()]).item()
+    14.0
+    """
+    a, b = list(a), list(b)
+    if not a and not b:
+        return torch.zeros((), dtype=torch.float64)
+    _refuse_autograd("dot", (*a, *b))
+    result: Tensor = torch.ops.torchflat.dot(a, b)
+    return result
+
+
+def norm(a: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of a list of tensors taken as one vector: ``sqrt(dot(a, a))``, a 0-dim float64 tensor.
+
+    >>> norm([torch.tensor([3.0]), torch.tensor(4.0)]).item()
+    5.0
+    """
+    return dot(a, a).sqrt_()
+
+
+def axpy_(y: Sequence[Tensor], x: Sequence[Tensor], alpha: float = 1.0) -> None:
+    """Add in place over two lists: ``y_i += alpha * x_i``, computed in float64 and rounded to the dtype of ``y_i``.
+
+    The tensors of a pair have the same shape and may differ in dtype: float32 gradients add into float64 sums without a
+    copy. ``y_i`` must be contiguous (views of one flat buffer are), ``x_i`` need not be. Tensors of ``y`` must not
+    overlap each other, nor ``x_i`` unless it is the same tensor.
+
+    Raises:
+        RuntimeError: if the lists do not pair up, lie on several devices, or autograd would have to follow.
+
+    >>> total = torch.zeros(2, dtype=torch.float64)
+    >>> axpy_([total], [torch.tensor([1.0, 2.0])], alpha=0.5)
+    >>> total.tolist()
+    [0.5, 1.0]
+    """
+    y, x = list(y), list(x)
+    if not y and not x:
+        return
+    _refuse_autograd("axpy_", (*y, *x))
+    torch.ops.torchflat.axpy_(y, x, alpha)
+    _mark_changed(y)
+
+
+def _refuse_autograd(name: str, tensors: Sequence[Tensor]) -> None:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise RuntimeError(f"torchflat.ops.{name} is not differentiable: call it under torch.no_grad(), or detach")
+
+
+def _mark_changed(tensors: Sequence[Tensor]) -> None:
+    # Kernels write behind autograd's back; without this, a graph that saved one of the tensors would use it changed.
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(tensors)

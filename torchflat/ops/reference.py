@@ -1,0 +1,120 @@
+"""The readable twins: each kernel's arithmetic in plain torch, on any device.
+
+They define what the compiled kernels must return, and they are what runs where no compiled kernel is present. All of
+them accumulate in float64 and hold at most :data:`CHUNK` elements of temporary float64 at once, so that a float32 basis
+of many gigabytes is never copied to double precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+__all__ = ["CHUNK", "axpy_", "dot", "orthogonalize_"]
+
+CHUNK = 1 << 18
+
+
+def orthogonalize_(basis: Tensor, vector: Tensor) -> Tensor:
+    """Classical Gram-Schmidt, twice; returns the k coefficients and the remaining norm as one tensor."""
+    check_orthogonalize(basis, vector)
+    rows, columns = basis.shape
+    coefficients = vector.new_zeros(rows)
+    for _ in range(2):
+        sweep = vector.new_zeros(rows)
+        for span in _spans(columns, rows):
+            sweep += basis[:, span].double() @ vector[span]
+        for span in _spans(columns, rows):
+            vector[span] -= sweep @ basis[:, span].double()
+        coefficients += sweep
+    return torch.cat([coefficients, torch.linalg.vector_norm(vector).reshape(1)])
+
+
+def dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    """Partial sums over chunks, then a pairwise sum of the partials: the error does not grow with the length."""
+    check_lists(a, b, "dot")
+    partials = [
+        torch.dot(x[span].double(), y[span].double())
+        for x, y in zip(map(_flat, a), map(_flat, b), strict=True)
+        for span in _spans(x.numel(), 1)
+    ]
+    return torch.stack(partials).sum() if partials else a[0].new_zeros((), dtype=torch.float64)
+
+
+def axpy_(y: list[Tensor], x: list[Tensor], alpha: float) -> None:
+    """``y += alpha * x``, computed in float64 and rounded to the dtype of ``y`` at the end."""
+    check_axpy(y, x)
+    for target, source in zip(map(_flat, y), map(_flat, x), strict=True):
+        for span in _spans(target.numel(), 1):
+            part = target[span]
+            part.copy_(part.double().add_(source[span], alpha=alpha))
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.detach().reshape(-1)
+
+
+def _spans(length: int, rows: int) -> Iterator[slice]:
+    width = max(1, CHUNK // max(1, rows))
+    return (slice(start, start + width) for start in range(0, length, width))
+
+
+def check_orthogonalize(basis: Tensor, vector: Tensor) -> None:
+    """Raise RuntimeError unless the shapes, dtypes, strides and devices are those that the kernels take."""
+    torch._check(
+        basis.dim() == 2 and vector.dim() == 1 and basis.size(1) == vector.size(0),
+        lambda: (
+            f"orthogonalize_: basis must be (k, n) and vector (n,), got {tuple(basis.shape)} and {tuple(vector.shape)}"
+        ),
+    )
+    torch._check(
+        vector.dtype == torch.float64,
+        lambda: f"orthogonalize_: vector must be float64: use vector.double(), got {vector.dtype}",
+    )
+    torch._check(
+        (basis.size(0) == 0 or basis.size(1) <= 1 or basis.stride(1) == 1) and vector.is_contiguous(),
+        lambda: "orthogonalize_: the rows of basis and the vector must be contiguous: use .contiguous()",
+    )
+    torch._check(
+        basis.device == vector.device,
+        lambda: f"orthogonalize_: basis and vector are on different devices, {basis.device} and {vector.device}",
+    )
+    _check_floating(basis)
+
+
+def check_lists(a: list[Tensor], b: list[Tensor], name: str) -> None:
+    """Raise RuntimeError unless the two lists pair up in length, shape and device, and hold floating point."""
+    torch._check(
+        len(a) == len(b) and len(a) > 0,
+        lambda: f"{name}: the lists must have the same length, at least 1, got {len(a)} and {len(b)}",
+    )
+    for index, (left, right) in enumerate(zip(a, b, strict=True)):
+        _check_pair(left, right, a[0].device, f"{name}: pair {index}")
+
+
+def check_axpy(y: list[Tensor], x: list[Tensor]) -> None:
+    """:func:`check_lists`, and every tensor of ``y`` must be contiguous."""
+    check_lists(y, x, "axpy_")
+    torch._check(all(target.is_contiguous() for target in y), lambda: "axpy_: the tensors of y must be contiguous")
+
+
+def _check_pair(left: Tensor, right: Tensor, device: torch.device, where: str) -> None:
+    torch._check(
+        left.shape == right.shape,
+        lambda: f"{where} has different shapes, {tuple(left.shape)} and {tuple(right.shape)}",
+    )
+    torch._check(
+        left.device == device and right.device == device,
+        lambda: f"{where} is on another device: must be on {device}, got {left.device} and {right.device}",
+    )
+    _check_floating(left)
+    _check_floating(right)
+
+
+def _check_floating(tensor: Tensor) -> None:
+    torch._check(
+        tensor.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16),
+        lambda: f"torchflat.ops: tensors must be floating point: use .double() or .float(), got {tensor.dtype}",
+    )
