@@ -7,6 +7,9 @@ so that ``except ValueError`` in an existing program keeps working.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class TorchflatError(Exception):
     """Base of all errors that are the input's, not the library's. ``exit_code`` is for the command line."""
@@ -38,3 +41,13 @@ class NonFiniteError(TorchflatError, ArithmeticError):
 
 class ReproducibilityError(TorchflatError, RuntimeError):
     """Two evaluations at the same point on the same rows differ: the model or its data is random."""
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` with the nearest of ``choices``, or an empty string where none is near.
+
+    >>> did_you_mean("epoch3.pt", ["epoch03.pt", "log.txt"])
+    "; did you mean 'epoch03.pt'?"
+    """
+    near = difflib.get_close_matches(word, list(choices), n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""

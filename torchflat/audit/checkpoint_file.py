@@ -22,8 +22,7 @@ from typing import IO, Literal, cast
 import torch
 from torch import Tensor
 
-from torchflat.audit.task import did_you_mean
-from torchflat.errors import CheckpointError
+from torchflat.errors import CheckpointError, did_you_mean
 
 __all__ = ["FileFormat", "locate", "member_files", "read_tree"]
 

@@ -67,6 +67,8 @@ class Options:
         if self.dtype not in (None, "float32", "float64"):
             raise UsageError(f"dtype={self.dtype!r}: choose float32 or float64")
         parse_duration(self.budget)
+        if self.device is not None:
+            _check_device(self.device)
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -76,6 +78,13 @@ class Options:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the report's provenance."""
         return {key: list(item) if isinstance(item, tuple) else item for key, item in vars(self).items()}
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"device={name!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def parse_duration(text: str | None) -> float | None:

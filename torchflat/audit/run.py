@@ -229,7 +229,9 @@ class _Audit:
         options = self.options
         run = Run(self.f, options.rtol, None, options.confidence, BUDGET, lambda search: self._tell("Ritz pairs"))
         krylov, self.krylov = self.krylov, None
-        largest, smallest = extremal(self.f, options.top, options.smallest, run, options.seed, krylov)
+        # A small problem has fewer eigenvalues than were asked for; the smallest is shown before the list is filled.
+        bottom = min(options.smallest, self.f.n - 1)
+        largest, smallest = extremal(self.f, min(options.top, self.f.n - bottom), bottom, run, options.seed, krylov)
         vectors = torch.cat([largest.vectors, smallest.vectors], dim=1)
         if largest.status in (Status.CONVERGED, Status.ROUNDING_LIMITED):
             self.known = torch.cat([largest.values, smallest.values]), vectors

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -22,9 +21,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from torchflat.errors import TorchflatError, UsageError
+from torchflat.errors import TorchflatError, UsageError, did_you_mean
 
-__all__ = ["BUILTIN", "Task", "did_you_mean", "load_task"]
+__all__ = ["BUILTIN", "Task", "load_task"]
 
 BUILTIN: dict[str, str] = {
     "digits": "torchflat.audit.builtin:digits",
@@ -155,16 +154,6 @@ file.py:function, or one of digits, mnist-classifier, mnist-denoiser
             f"{where} returned {_article(task)}, not a torchflat.Task. A task looks like this:\n{_SKELETON}"
         )
     return task
-
-
-def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` with the nearest of ``choices``, or an empty string where none is near.
-
-    >>> did_you_mean("epoch3.pt", ["epoch03.pt", "log.txt"])
-    "; did you mean 'epoch03.pt'?"
-    """
-    near = difflib.get_close_matches(word, list(choices), n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 # --- fields of a task -------------------------------------------------------------------------------------------------

@@ -1,0 +1,46 @@
+"""Progress bars on a terminal, and silence elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import Any
+
+__all__ = ["Bars"]
+
+
+class Bars:
+    """One bar per part of the audit, on stderr, if that is a terminal."""
+
+    def __init__(self) -> None:
+        self._shown = sys.stderr.isatty()
+        self._part = ""
+        self._bar: Any = None
+
+    def __call__(self, part: str, line: str, fraction: float | None) -> None:
+        if not self._shown:
+            return
+        if part != self._part:
+            self._open(part, fraction is not None)
+        self._bar.set_postfix_str(line, refresh=False)
+        if fraction is not None:
+            self._bar.n = min(1.0, fraction)
+        else:
+            self._bar.n += 1
+        self._bar.refresh()
+
+    def __enter__(self) -> Bars:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _open(self, part: str, bounded: bool) -> None:
+        from tqdm import tqdm
+
+        if self._bar is not None:
+            self._bar.close()
+        form = "{desc} {bar} {percentage:3.0f}% {postfix} [{elapsed}]" if bounded else "{desc} {n:.0f} {postfix} [{elapsed}]"
+        self._part = part
+        self._bar = tqdm(desc=f"{part:12}", total=1.0 if bounded else None, bar_format=form, dynamic_ncols=True, leave=True)
