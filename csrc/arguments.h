@@ -106,8 +106,8 @@ inline Chunks checked_chunks(
     Tensor a = left[index], b = right[index];
     const auto a_sizes = a.sizes(), b_sizes = b.sizes();
     STD_TORCH_CHECK(
-        a_sizes.size() == b_sizes.size() && std::equal(a_sizes.begin(), a_sizes.end(), b_sizes.begin()), name, ": pair ",
-        index, " has different shapes, ", shape_of(a), " and ", shape_of(b));
+        a_sizes.size() == b_sizes.size() && std::equal(a_sizes.begin(), a_sizes.end(), b_sizes.begin()), name,
+        ": pair ", index, " has different shapes, ", shape_of(a), " and ", shape_of(b));
     STD_TORCH_CHECK(a.device() == device && b.device() == device, name, ": pair ", index, " is on another device");
     STD_TORCH_CHECK(!write || a.is_contiguous(), name, ": the tensors of y must be contiguous");
     if (!a.is_contiguous()) chunks.copies.push_back(a = torch::stable::contiguous(a));

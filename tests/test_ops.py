@@ -215,10 +215,10 @@ def test_axpy_keeps_what_float32_would_lose(kernels: Kernels) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_axpy_rounds_at_the_end(kernels: Kernels, dtype: torch.dtype) -> None:
-    """1 + 3/4 of a unit in the last place, from a product that the dtype itself would round to half a unit."""
+    """1 + a little over half a unit in the last place, the little being lost if the product is rounded first."""
     unit = torch.finfo(dtype).eps
     y = torch.ones(5, dtype=dtype)
-    kernels.axpy_([y], [torch.full((5,), 0.75, dtype=dtype)], unit)
+    kernels.axpy_([y], [torch.ones(5, dtype=dtype)], unit / 2 * (1 + unit / 4))
     assert y.tolist() == 5 * [1 + unit]
 
 

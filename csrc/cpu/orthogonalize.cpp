@@ -59,7 +59,11 @@ template <class T>
 class Projector {
  public:
   Projector(const Basis& basis, double* w)
-      : v_(static_cast<const T*>(basis.data)), stride_(basis.stride), rows_(basis.rows), columns_(basis.columns), w_(w) {
+      : v_(static_cast<const T*>(basis.data)),
+        stride_(basis.stride),
+        rows_(basis.rows),
+        columns_(basis.columns),
+        w_(w) {
     const int64_t fitting = kTileBytes / (std::max<int64_t>(rows_, 1) * static_cast<int64_t>(sizeof(T)));
     width_ = std::clamp<int64_t>(fitting / 64 * 64, 256, 4096);
     tiles_ = (columns_ + width_ - 1) / width_;

@@ -19,7 +19,9 @@ __global__ void dot_batch(Batch batch, Sum* partial) {
     visit(chunk.right_kind, [&](auto right) {
       const auto* a = static_cast<const decltype(left)*>(chunk.left);
       const auto* b = static_cast<const decltype(right)*>(chunk.right);
-      for (int32_t index = threadIdx.x; index < chunk.count; index += kThreads) multiply_add<1>(&sum, a + index, b + index);
+      for (int32_t index = threadIdx.x; index < chunk.count; index += kThreads) {
+        multiply_add<1>(&sum, a + index, b + index);
+      }
     });
   });
   sum = warp_sum(sum);
