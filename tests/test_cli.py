@@ -204,24 +204,30 @@ def test_unwritable_folder_exits_with_2(place: Path, target: str, capsys: pytest
 def test_wrong_losses_exit_with_3(
     place: Path, body: str, needles: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    address = write(place, f"""
+    address = write(
+        place,
+        f"""
         {body}
         def task():
             X = torch.tensor([[1.0, 2.0], [3.0, 5.0]])
             return torchflat.Task(nn.Linear(2, 1), loss, (X, torch.zeros(2, 1)))
-        """)
+        """,
+    )
     assert run("audit", "--task", address, "-o", "out") == 3
     one_line(capsys, *needles)
     assert not Path("out").exists()
 
 
 def test_wrong_data_exits_with_3(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    address = write(place, """
+    address = write(
+        place,
+        """
         def task(case="empty"):
             X, Y = torch.randn(6, 2), torch.tensor([0, 1, 2, 0, 1, 7])
             data = {"empty": (X[:0], Y[:0]), "label": (X, Y), "nan": (X * float("nan"), Y % 3)}[case]
             return torchflat.Task(nn.Linear(2, 3), F.cross_entropy, data)
-        """)
+        """,
+    )
     assert run("audit", "--task", address) == 3
     one_line(capsys, "empty")
     assert run("audit", "--task", address, "--task-option", "case=label") == 3
@@ -312,7 +318,9 @@ def test_resume_refuses_another_audit(place: Path, capsys: pytest.CaptureFixture
 
 
 def test_a_spent_time_budget_is_inconclusive(place: Path) -> None:
-    address = write(place, """
+    address = write(
+        place,
+        """
         import time
         class Model(nn.Module):
             def __init__(self):
@@ -323,7 +331,8 @@ def test_a_spent_time_budget_is_inconclusive(place: Path) -> None:
                 return self.linear(x)
         def task():
             return torchflat.Task(Model(), F.mse_loss, (torch.randn(50, 30), torch.zeros(50, 20)))
-        """)
+        """,
+    )
     torch.manual_seed(0)
     assert run("audit", "--task", address, "-o", "out", "--budget", "0.3s", "--memory", "0B") == 4
     content = Report.load("out").content
@@ -343,7 +352,9 @@ def test_a_folder_is_a_trajectory(place: Path, capsys: pytest.CaptureFixture[str
     assert Path("out/trajectory.html").exists() and Path("out/epoch10.safetensors/report.html").exists()
 
 
-def test_internal_errors_leave_a_log(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_internal_errors_leave_a_log(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("torchflat.cli.audit.audit", lambda *args, **keywords: 1 / 0)
     assert run("audit", "--task", "task.py", "-o", "out") == 70
     message = capsys.readouterr().err

@@ -95,6 +95,7 @@ class Cost(Answer):
         return Cost(*(a - b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the counts, the seconds, and the sum in gradients."""
         return {"gradients": self.gradients, **super().to_dict()}
 
 

@@ -1,10 +1,10 @@
-"""What can be chosen about an audit: the keywords of ``torchflat.audit``, the flags of the command, the keys of a file."""
+"""What can be chosen about an audit: keywords of ``torchflat.audit``, flags of the command, keys of its file."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -12,7 +12,8 @@ from torchflat.errors import UsageError
 
 __all__ = ["PARTS", "Options", "parse_duration"]
 
-PARTS = ("sharpness", "eigenvalues", "trace", "density", "blocks")
+Part = Literal["sharpness", "eigenvalues", "trace", "density", "blocks"]
+PARTS: tuple[Part, ...] = get_args(Part)
 
 _SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -29,7 +30,7 @@ class Options:
     """Of all random starts and probes. Same seed, same machine, same threads: same numbers."""
     budget: str | None = None
     """Time for the whole audit, such as 10m, 90s or 2h. What is not finished then says so."""
-    parts: tuple[Literal["sharpness", "eigenvalues", "trace", "density", "blocks"], ...] = PARTS
+    parts: tuple[Part, ...] = PARTS
     """What to measure besides the loss and its gradient."""
     top: int = 5
     """How many of the largest eigenvalues."""

@@ -41,7 +41,8 @@ BUDGET = 2000.0
 class Progress(Protocol):
     """Told what the audit is doing: the part, a line about how far it is, and the fraction done if that is known."""
 
-    def __call__(self, part: str, line: str, fraction: float | None) -> None: ...
+    def __call__(self, part: str, line: str, fraction: float | None) -> None:
+        """Show it."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -72,7 +73,8 @@ def audit(
         progress: called as the audit goes on.
         resume: a partial report of the same audit, whose finished parts are taken over.
         command: what was typed, for the report.
-        choices: fields of :class:`~torchflat.audit.options.Options`; ``options`` gives them all at once.
+        options: all choices at once.
+        choices: single fields of :class:`~torchflat.audit.options.Options`, which come before ``options``.
 
     Raises:
         TorchflatError: the task, the checkpoint, the data or an option is wrong; each error names the cure.
@@ -87,8 +89,9 @@ def audit(
     started = time.monotonic()
     task = load_task(task, task_options) if isinstance(task, str) else task
     model = task.make_model()
-    loaded = load_checkpoint(checkpoint, model, key=options.key, trust_pickle=options.trust_pickle) if checkpoint else None
-    if loaded is not None:
+    loaded = None
+    if checkpoint is not None:
+        loaded = load_checkpoint(checkpoint, model, key=options.key, trust_pickle=options.trust_pickle)
         loaded.apply(model)
     f = Objective(
         model,
@@ -159,12 +162,13 @@ class _Audit:
             self.content[part] = parts[part]()
 
     def report(self, status: str) -> Report:
-        """What is known now."""
+        """Return what is known now."""
         notes = list(dict.fromkeys([*self.notes, *self.f.provenance()["notes"]]))
         if self.skipped:
             notes.append(f"the time budget was spent before: {', '.join(self.skipped)}; raise --budget, or --resume")
-        cost = {**self.f.cost.to_dict(), "seconds": time.monotonic() - self.started, "peak_memory_bytes": _peak_memory()}
-        provenance = {**self.provenance, **{k: v for k, v in self.f.provenance().items() if k != "notes"}, "notes": notes}
+        elapsed = time.monotonic() - self.started
+        cost = {**self.f.cost.to_dict(), "seconds": elapsed, "peak_memory_bytes": _peak_memory()}
+        provenance = {**self.provenance, **self.f.provenance(), "notes": notes}
         content = {"schema_version": "1", "status": status, "provenance": provenance, **self.content, "cost": cost}
         return Report(content).validate()
 
@@ -220,7 +224,14 @@ class _Audit:
             return self._tell(f"λ₁ in [{answer.lower:.4g}, {answer.upper:.4g}], width {width:.1%}")
 
         answer = sharpness(
-            self.f, options.rtol, options.confidence, options.method, options.seed, BUDGET, callback=told, krylov=self.krylov
+            self.f,
+            options.rtol,
+            options.confidence,
+            options.method,
+            options.seed,
+            BUDGET,
+            callback=told,
+            krylov=self.krylov,
         )
         self.top = answer.vector
         return _sharpness_part(answer)
@@ -299,7 +310,9 @@ def _sharpness_part(answer: Sharpness) -> dict[str, Any]:
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
+    }
 
 
 def _provenance(

@@ -84,8 +84,8 @@ def _overview() -> str:
             "",
             *lines,
             "",
-            "torchflat COMMAND --help tells the flags of a command. torchflat audit, with nothing else, audits the small",
-            "trained network that ships with the package.",
+            "torchflat COMMAND --help tells the flags of a command. torchflat audit, with nothing else,",
+            "audits the small trained network that ships with the package.",
         ]
     )
 

@@ -170,11 +170,11 @@ def _exit_code(report: Report, conditions: Sequence[gates.Gate]) -> int:
 
 
 def _inconclusive(part: dict[str, Any]) -> bool:
-    return part.get("status", "CONVERGED") != "CONVERGED"
+    return bool(part.get("status", "CONVERGED") != "CONVERGED")
 
 
 def _finished(folder: Path) -> Report | None:
-    """The complete report of a trajectory that is being resumed."""
+    """Return the complete report in the folder, if a trajectory that is resumed left one there."""
     if not (folder / "report.json").exists():
         return None
     report = Report.load(folder)

@@ -21,8 +21,7 @@ from torch import nn
 import torchflat
 from torchflat import ops
 from torchflat.cli.selftest import KERNELS, ROUNDING_UNITS, kernel_difference
-from torchflat.data import relu_network
-from torchflat.data.mnist import _FILES, _folder, _path
+from torchflat.data import mnist_folder, relu_network
 from torchflat.objective import Objective
 
 __all__ = ["Doctor"]
@@ -138,8 +137,7 @@ def _version(library: str) -> str | None:
 
 
 def _mnist() -> dict[str, Any]:
-    folder = _folder(None)
-    found = all(_path(folder, name).is_file() for names in _FILES.values() for name in names)
+    folder, found = mnist_folder()
     return {"folder": str(folder), "found": found}
 
 

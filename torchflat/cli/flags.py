@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,7 +47,7 @@ def key_values(pairs: Sequence[str], flag: str) -> dict[str, str]:
 
 
 def _values_of(arguments: Sequence[str], flag: str) -> list[str]:
-    following = [after for before, after in zip(arguments, arguments[1:], strict=False) if before == flag]
+    following = [after for before, after in pairwise(arguments) if before == flag]
     return following + [item.partition("=")[2] for item in arguments if item.startswith(f"{flag}=")]
 
 
@@ -72,12 +74,11 @@ def _flags(file: Path, kind: type[Any], typed: Sequence[str]) -> list[str]:
 
 def _names(kind: type[Any]) -> dict[str, bool]:
     """Names of the flags, and whether a flag is repeated for each of its values."""
-    import dataclasses
-
     names: dict[str, bool] = {}
     for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(field.default_factory):
-            names |= _names(field.default_factory)  # type: ignore[arg-type]
+        nested: Any = field.default_factory
+        if isinstance(nested, type) and dataclasses.is_dataclass(nested):
+            names |= _names(nested)
         else:
             names[field.name] = "UseAppendAction" in str(field.type)
     return names

@@ -53,7 +53,7 @@ def discard_if_empty(folder: Path) -> None:
 
 
 def latest_partial() -> Path:
-    """The numbered folder with the newest partial report."""
+    """Return the numbered folder with the newest partial report."""
     found = []
     for path in Path().glob(f"{PREFIX}*/report.json"):
         try:

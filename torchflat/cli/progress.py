@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from types import TracebackType
 from typing import Any
 
 __all__ = ["Bars"]
@@ -18,6 +17,7 @@ class Bars:
         self._bar: Any = None
 
     def __call__(self, part: str, line: str, fraction: float | None) -> None:
+        """Show how far ``part`` is."""
         if not self._shown:
             return
         if part != self._part:
@@ -32,7 +32,7 @@ class Bars:
     def __enter__(self) -> Bars:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
             self._bar.close()
 
@@ -41,6 +41,11 @@ class Bars:
 
         if self._bar is not None:
             self._bar.close()
-        form = "{desc} {bar} {percentage:3.0f}% {postfix} [{elapsed}]" if bounded else "{desc} {n:.0f} {postfix} [{elapsed}]"
+        how_far = "{bar} {percentage:3.0f}%" if bounded else "{n:.0f}"
         self._part = part
-        self._bar = tqdm(desc=f"{part:12}", total=1.0 if bounded else None, bar_format=form, dynamic_ncols=True, leave=True)
+        self._bar = tqdm(
+            desc=f"{part:12}",
+            total=1.0 if bounded else None,
+            bar_format="{desc} " + how_far + " {postfix} [{elapsed}]",
+            dynamic_ncols=True,
+        )

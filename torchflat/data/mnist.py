@@ -16,7 +16,7 @@ import torch
 
 from torchflat.errors import DataError, UsageError
 
-__all__ = ["denoising", "mnist", "read_idx"]
+__all__ = ["denoising", "mnist", "mnist_folder", "read_idx"]
 
 _FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -38,8 +38,8 @@ def mnist(
     """
     if split not in _FILES:
         raise UsageError(f"split is {split!r}: use 'train' or 'test'")
-    folder = _folder(root)
-    if not all(_path(folder, name).is_file() for name in _FILES[split]):
+    folder, found = mnist_folder(root, split)
+    if not found:
         _download(folder)
     image_file, label_file = (_path(folder, name) for name in _FILES[split])
     images, labels = read_idx(image_file), read_idx(label_file)
@@ -52,6 +52,13 @@ def mnist(
         raise DataError(f"rows is {rows}: the {split} split of MNIST has 1 to {len(images)} to give")
     # Rows are cut while they are bytes, so that 10 000 rows never hold the memory of 60 000 floats.
     return images[:rows].flatten(1).to(torch.float32).div_(255), labels[:rows].to(torch.int64)
+
+
+def mnist_folder(root: str | os.PathLike[str] | None = None, split: str | None = None) -> tuple[Path, bool]:
+    """Return the folder in which MNIST is looked for, and whether ``split`` (default: both) is there."""
+    folder = Path(root or os.environ.get("TORCHFLAT_DATA") or "~/.cache/torchflat").expanduser()
+    names = _FILES[split] if split else sum(_FILES.values(), ())
+    return folder, all(_path(folder, name).is_file() for name in names)
 
 
 def denoising(images: torch.Tensor, noise: float = 1.25, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,10 +100,6 @@ def read_idx(path: str | os.PathLike[str]) -> torch.Tensor:
         )
     # A bytearray, because torch warns of memory that it may not write to.
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)[start:].reshape(shape)
-
-
-def _folder(root: str | os.PathLike[str] | None) -> Path:
-    return Path(root or os.environ.get("TORCHFLAT_DATA") or "~/.cache/torchflat").expanduser()
 
 
 def _path(folder: Path, name: str) -> Path:
