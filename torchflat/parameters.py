@@ -30,23 +30,29 @@ class Layout:
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
+        """Number of entries of each tensor."""
         return tuple(math.prod(shape) for shape in self.shapes)
 
     @cached_property
     def n(self) -> int:
+        """Length of the flat vector."""
         return sum(self.sizes)
 
     def split(self, flat: Tensor) -> list[Tensor]:
-        """Views of ``flat`` (n,), one per tensor, in its shape."""
-        parts = torch.split(flat, self.sizes)
+        """Cut ``flat`` (n,) into views, one per tensor, in its shape."""
+        parts = torch.split(flat, list(self.sizes))
         return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
-        """A new (n,) vector that holds the values of ``tensors`` in this layout."""
+        """Make a new (n,) vector that holds the values of ``tensors`` in this layout."""
         return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
 
+    def part(self, indices: Sequence[int]) -> Layout:
+        """Make the layout of some of the tensors, for the vector that holds only these."""
+        return Layout(tuple(self.names[i] for i in indices), tuple(self.shapes[i] for i in indices))
+
     def slices(self) -> dict[str, slice]:
-        """The range of the flat vector that each name covers."""
+        """Give the range of the flat vector that each name covers."""
         ranges, offset = {}, 0
         for name, size in zip(self.names, self.sizes, strict=True):
             ranges[name] = slice(offset, offset + size)
@@ -62,7 +68,8 @@ def select(model: nn.Module, patterns: str | Iterable[str] | None) -> list[str]:
     first name, and may be asked for by any of its names.
 
     Raises:
-        UsageError: a pattern matches nothing, nothing is left, or a parameter that is asked for is not real floating.
+        UsageError: a pattern matches nothing, nothing is left, or a parameter that is asked for is not real floating or
+            has no values yet.
     """
     canonical = {id(parameter): name for name, parameter in model.named_parameters()}
     parameters = dict(model.named_parameters())
@@ -74,6 +81,8 @@ def select(model: nn.Module, patterns: str | Iterable[str] | None) -> list[str]:
         aliases = {name: canonical[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
         chosen = _matching(aliases, [patterns] if isinstance(patterns, str) else list(patterns))
     for name in chosen:
+        if nn.parameter.is_lazy(parameters[name]) or parameters[name].is_meta:
+            raise UsageError(f"parameter {name!r} has no values yet: run the model once, or load its weights")
         if not parameters[name].is_floating_point():
             raise UsageError(
                 f"parameter {name!r} is {parameters[name].dtype}, and curvature is defined here for real floating "
@@ -83,13 +92,12 @@ def select(model: nn.Module, patterns: str | Iterable[str] | None) -> list[str]:
 
 
 def _matching(aliases: dict[str, str], patterns: list[str]) -> set[str]:
-    chosen = set(aliases.values()) if all(pattern.startswith("!") for pattern in patterns) else set()
+    only_excluded = patterns and all(pattern.startswith("!") for pattern in patterns)
+    chosen = set(aliases.values()) if only_excluded else set()
     for pattern in patterns:
         body = pattern.removeprefix("!")
         found = {
-            name
-            for alias, name in aliases.items()
-            if fnmatch.fnmatchcase(alias, body) or alias.startswith(body + ".")
+            name for alias, name in aliases.items() if fnmatch.fnmatchcase(alias, body) or alias.startswith(body + ".")
         }
         if not found:
             known = ", ".join(list(aliases)[:8]) + (", ..." if len(aliases) > 8 else "")

@@ -8,8 +8,9 @@ has no Hessian.
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.utils import data as torch_data
 from torchflat.errors import DataError
 from torchflat.objective.state import random_states_kept
 
-__all__ = ["Batches", "as_batches", "describe", "map_tensors", "row_count", "slice_rows"]
+__all__ = ["Batches", "as_batches", "describe", "map_tensors", "row_count", "rows_of", "slice_rows"]
 
 Batch = Any
 
@@ -33,13 +34,28 @@ class Batches:
     the source knows how to.
     """
 
-    def __init__(
-        self, source: Iterable[Batch], rows: int, pick: Callable[[list[int]], Batches] | None = None
-    ) -> None:
+    def __init__(self, source: Iterable[Batch], rows: int, pick: Callable[[list[int]], Batches] | None = None) -> None:
         self.source, self.rows, self._pick = source, rows, pick
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self.source)
+
+    def first(self, rows: int | None = None) -> Batch:
+        """Return the first batch, or at most its first ``rows`` rows if it can be cut. Random data spends randomness.
+
+        Raises:
+            DataError: there was data before, and now there is none.
+        """
+        batch = next(iter(self), self)
+        if batch is self:
+            raise DataError(f"the data changes between passes: {self.rows} rows at first, and now none")
+        count = row_count(batch)
+        return batch if rows is None or count is None or count <= rows else slice_rows(batch, 0, rows)
+
+    def sample(self, rows: int) -> Batch:
+        """One batch of at most ``rows`` rows, drawn from all the data where that needs no pass over it."""
+        batches = self if self._pick is None else self.subset(min(rows, self.rows), seed=0)
+        return batches.first(rows)
 
     def subset(self, size: int, seed: int) -> Batches:
         """``size`` rows drawn without replacement by ``seed``, in their order.
@@ -47,29 +63,31 @@ class Batches:
         Raises:
             DataError: the batches cannot be cut into rows.
         """
-        generator = torch.Generator().manual_seed(seed)
-        wanted = torch.randperm(self.rows, generator=generator)[:size].sort().values
+        generator = torch.Generator("cpu").manual_seed(seed)
+        wanted = torch.randperm(self.rows, generator=generator, device="cpu")[:size].sort().values
         if self._pick is not None:
             return self._pick(wanted.tolist())
         pieces, offset = [], 0
-        for batch in self:
-            rows = row_count(batch)
-            if rows is None:
-                raise DataError("the batches cannot be cut into rows, so no subset of rows can be drawn from them")
-            inside = wanted[(wanted >= offset) & (wanted < offset + rows)] - offset
-            if len(inside):
-                pieces.append(_take(batch, inside))
-            offset += rows
+        with random_states_kept():
+            for batch in self:
+                rows = row_count(batch)
+                if rows is None:
+                    raise DataError("the batches cannot be cut into rows, so no subset of rows can be drawn from them")
+                inside = wanted[(wanted >= offset) & (wanted < offset + rows)] - offset
+                if len(inside):
+                    pieces.append(_take(batch, inside.tolist()))
+                offset += rows
         return Batches(pieces, len(wanted))
 
     def fingerprint(self) -> str:
         """SHA-256 over the values, shapes and dtypes of every tensor, in order. One pass over the data."""
         digest = hashlib.sha256()
-        for batch in self:
-            for tensor in _tensors(batch):
-                values = tensor.detach().cpu().contiguous()
-                digest.update(f"{values.dtype}{tuple(values.shape)}".encode())
-                digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+        with random_states_kept():
+            for batch in self:
+                for tensor in _tensors(batch):
+                    values = tensor.detach().cpu().contiguous()
+                    digest.update(f"{values.dtype}{tuple(values.shape)}".encode())
+                    digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -83,10 +101,10 @@ def as_batches(data: Any) -> Batches:
         batches = _in_memory(data)
     elif isinstance(data, torch_data.DataLoader):
         batches = _from_loader(data)
-    elif isinstance(data, torch_data.TensorDataset):
-        batches = _in_memory(data.tensors)
+    elif type(data) is torch_data.TensorDataset:
+        batches = _in_memory(list(data.tensors))
     elif isinstance(data, torch_data.Dataset) and not isinstance(data, torch_data.IterableDataset):
-        batches = _ordered(data, torch_data.DataLoader(data, batch_size=DEFAULT_BATCH), range(_length(data)))
+        batches = _ordered(torch_data.DataLoader(data, batch_size=DEFAULT_BATCH), range(_length(data)))
     else:
         batches = _from_iterable(data)
     if batches.rows == 0:
@@ -96,85 +114,111 @@ def as_batches(data: Any) -> Batches:
 
 def _is_row_tensors(data: Any) -> bool:
     items = list(data.values()) if isinstance(data, Mapping) else data
+    if isinstance(items, Tensor):
+        return True
     return isinstance(items, tuple | list) and len(items) > 0 and all(isinstance(item, Tensor) for item in items)
 
 
-def _in_memory(tensors: Any) -> Batches:
-    counts = {tensor.shape[0] if tensor.ndim else None for tensor in _tensors(tensors)}
-    if len(counts) != 1 or None in counts:
+def _in_memory(tensors: Any, batch_size: int | None = None) -> Batches:
+    rows = row_count(tensors)
+    if rows is None:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in _tensors(tensors))
         raise DataError(f"the tensors of the data must have the same number of rows; their shapes are {shapes}")
-    return Batches([tensors], counts.pop(), lambda rows: _in_memory(_take(tensors, torch.tensor(rows))))
+    size = batch_size or max(1, rows)
+    source = [slice_rows(tensors, start, min(start + size, rows)) for start in range(0, rows, size)]
+    return Batches(source, rows, lambda indices: _in_memory(_take(tensors, indices), batch_size))
 
 
-def _take(batch: Batch, rows: Tensor) -> Batch:
-    return map_tensors(lambda tensor: tensor[rows.to(tensor.device)], batch)
+def _take(batch: Batch, rows: list[int]) -> Batch:
+    index, total = torch.tensor(rows, dtype=torch.int64, device="cpu"), row_count(batch)
+    return _map_rows(
+        lambda tensor: tensor[index.to(tensor.device)],
+        lambda items: [items[row] for row in rows] if len(items) == total else items,
+        batch,
+    )
 
 
 def _from_loader(loader: torch_data.DataLoader[Any]) -> Batches:
-    if isinstance(loader.dataset, torch_data.IterableDataset):
+    dataset: Any = loader.dataset
+    if isinstance(dataset, torch_data.IterableDataset):
         return _from_iterable(loader)
     if loader.batch_sampler is None:
-        return _from_iterable(loader)
-    sampler = loader.sampler
+        # The dataset makes whole batches; what the sampler shuffles are these.
+        return _from_iterable(_reloaded(loader, batch_size=None, sampler=_visited(loader.sampler, dataset)))
     if type(loader.batch_sampler) is torch_data.BatchSampler:
-        rows = _length(loader.dataset)
-        everything = isinstance(sampler, torch_data.SequentialSampler) or (
-            isinstance(sampler, torch_data.RandomSampler) and not sampler.replacement and sampler.num_samples == rows
-        )
-        return _ordered(loader.dataset, loader, range(rows) if everything else sorted(_drawn_once(sampler)))
+        return _ordered(loader, _visited(loader.sampler, dataset))
     # A batch sampler of the user's own: its batches, drawn once.
     batches = [list(indices) for indices in _drawn_once(loader.batch_sampler)]
-    return Batches(_reloaded(loader, loader.dataset, batch_sampler=batches), sum(map(len, batches)))
+    return Batches(_reloaded(loader, batch_sampler=batches), sum(map(len, batches)))
 
 
-def _drawn_once(sampler: Iterable[Any]) -> list[Any]:
-    with random_states_kept():
-        torch.manual_seed(0)
-        return list(sampler)
+def _visited(sampler: Any, dataset: Any) -> Sequence[int]:
+    """Return the rows that one epoch visits, in order: all of them, unless the sampler draws some."""
+    if isinstance(sampler, torch_data.DistributedSampler):
+        return range(_length(dataset))
+    return sorted(_drawn_once(sampler))
 
 
-def _ordered(dataset: Any, like: torch_data.DataLoader[Any], indices: Iterable[int]) -> Batches:
-    indices = list(indices)
-    size = like.batch_size or DEFAULT_BATCH
+def _drawn_once(sampler: Any) -> list[Any]:
+    generators = [getattr(sampler, "generator", None), getattr(getattr(sampler, "sampler", None), "generator", None)]
+    states = [(generator, generator.get_state()) for generator in generators if isinstance(generator, torch.Generator)]
+    try:
+        with random_states_kept():
+            torch.manual_seed(0)
+            return list(sampler)
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
+
+
+def _ordered(loader: torch_data.DataLoader[Any], indices: Sequence[int]) -> Batches:
+    dataset: Any = loader.dataset
+    size = loader.batch_size or DEFAULT_BATCH
+    if type(dataset) is torch_data.TensorDataset and loader.collate_fn is torch_data.default_collate:
+        # The same batches without a Python call per row.
+        tensors = list(dataset.tensors)
+        everything = len(indices) == len(dataset) and all(row == index for row, index in enumerate(indices))
+        return _in_memory(tensors if everything else _take(tensors, list(indices)), size)
     groups = [indices[start : start + size] for start in range(0, len(indices), size)]
-    source = _reloaded(like, dataset, batch_sampler=groups)
-    return Batches(source, len(indices), lambda rows: _ordered(dataset, like, [indices[row] for row in rows]))
+    source = _reloaded(loader, batch_sampler=groups)
+    return Batches(source, len(indices), lambda rows: _ordered(loader, [indices[row] for row in rows]))
 
 
-def _reloaded(like: torch_data.DataLoader[Any], dataset: Any, batch_sampler: Any) -> torch_data.DataLoader[Any]:
+def _reloaded(like: torch_data.DataLoader[Any], **order: Any) -> torch_data.DataLoader[Any]:
     return torch_data.DataLoader(
-        dataset,
-        batch_sampler=batch_sampler,
+        like.dataset,
         collate_fn=like.collate_fn,
         num_workers=like.num_workers,
         pin_memory=like.pin_memory,
+        timeout=like.timeout,
         worker_init_fn=like.worker_init_fn,
         multiprocessing_context=like.multiprocessing_context if like.num_workers else None,
+        prefetch_factor=like.prefetch_factor,
         persistent_workers=like.persistent_workers,
+        **order,
     )
 
 
 def _from_iterable(data: Any) -> Batches:
-    try:
-        first = iter(data)
-    except TypeError:
-        raise DataError(
-            f"data is a {type(data).__name__}: pass (X, Y) tensors, a Dataset, a DataLoader or a list of batches"
-        ) from None
-    if first is data:
+    if isinstance(data, Iterator):
         raise DataError(
             "data can be iterated only once (a generator or iterator), and curvature needs many passes: "
             "pass list(...) of it, or an object whose __iter__ starts afresh"
         )
-    return Batches(data, sum(row_count(batch) or 1 for batch in data))
+    if not (isinstance(data, Iterable) or hasattr(data, "__getitem__")) or isinstance(data, str | bytes):
+        raise DataError(
+            f"data is a {type(data).__name__}: pass (X, Y) tensors, a Dataset, a DataLoader or a list of batches"
+        )
+    with random_states_kept():
+        return Batches(data, sum(map(rows_of, data)))
 
 
 def _length(dataset: Any) -> int:
     try:
         return len(dataset)
     except TypeError:
-        raise DataError(f"the dataset {type(dataset).__name__} has no length: give it __len__, or pass batches") from None
+        name = type(dataset).__name__
+        raise DataError(f"the dataset {name} has no length: give it __len__, or pass batches") from None
 
 
 def _tensors(batch: Batch) -> Iterator[Tensor]:
@@ -190,26 +234,47 @@ def _tensors(batch: Batch) -> Iterator[Tensor]:
 
 def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
     """``batch`` with ``function`` applied to each tensor; containers keep their kind, other leaves stay as they are."""
+    return _map_rows(function, lambda items: items, batch)
+
+
+def _map_rows(tensor: Callable[[Tensor], Tensor], column: Callable[[list[Any]], list[Any]], batch: Batch) -> Batch:
+    """Apply ``tensor`` to tensors, and ``column`` to lists without any (default_collate makes lists of strings)."""
     if isinstance(batch, Tensor):
-        return function(batch)
+        return tensor(batch)
     if isinstance(batch, Mapping):
-        return {key: map_tensors(function, item) for key, item in batch.items()}
+        items = {key: _map_rows(tensor, column, item) for key, item in batch.items()}
+        if not isinstance(batch, MutableMapping):
+            return items
+        clone = copy.copy(batch)
+        clone.update(items)
+        return clone
+    if isinstance(batch, list) and next(_tensors(batch), None) is None:
+        return column(batch)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(map_tensors(function, item) for item in batch))
+        return type(batch)(*(_map_rows(tensor, column, item) for item in batch))
     if isinstance(batch, tuple | list):
-        return type(batch)(map_tensors(function, item) for item in batch)
+        return type(batch)(_map_rows(tensor, column, item) for item in batch)
     return batch
 
 
 def row_count(batch: Batch) -> int | None:
-    """Number of rows if every tensor of the batch has the same first dimension, else None."""
+    """Count the rows if every tensor of the batch has the same first dimension, else return None."""
     counts = {tensor.shape[0] if tensor.ndim else None for tensor in _tensors(batch)}
     return counts.pop() if len(counts) == 1 else None
 
 
+def rows_of(batch: Batch) -> int:
+    """Count what the batch stands for in the ledger: its rows, or 1 if they cannot be told apart."""
+    rows = row_count(batch)
+    return 1 if rows is None else rows
+
+
 def slice_rows(batch: Batch, start: int, stop: int) -> Batch:
     """Rows ``start:stop`` of a batch whose :func:`row_count` is known."""
-    return map_tensors(lambda tensor: tensor[start:stop], batch)
+    total = row_count(batch)
+    return _map_rows(
+        lambda tensor: tensor[start:stop], lambda items: items[start:stop] if len(items) == total else items, batch
+    )
 
 
 def describe(batch: Batch) -> str:
@@ -223,6 +288,8 @@ def describe(batch: Batch) -> str:
 
 def _describe_tensor(tensor: Tensor) -> str:
     kind = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-    if tensor.numel() == 0 or tensor.is_complex() or tensor.dtype == torch.bool:
+    countless = tensor.numel() == 0 or tensor.is_complex() or tensor.dtype == torch.bool
+    if countless or tensor.layout is not torch.strided:
         return kind
-    return f"{kind} in [{tensor.min().item():.6g}, {tensor.max().item():.6g}]"
+    values = tensor.double()
+    return f"{kind} in [{values.min().item():.6g}, {values.max().item():.6g}]"

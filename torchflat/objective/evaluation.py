@@ -3,40 +3,50 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
-from torchflat.errors import DataError, LossError, NonFiniteError, TorchflatError, UsageError
+from torchflat.errors import DataError, LossError, TorchflatError, UsageError
 from torchflat.objective.batches import describe, map_tensors, row_count
-from torchflat.objective.state import random_states_kept, training_flags
+from torchflat.objective.state import modules_kept, plain_autograd, random_states_kept
 
-__all__ = ["FunctionTerm", "ModelTerm", "Term", "non_finite"]
+__all__ = ["FunctionTerm", "ModelTerm", "Term", "first_line", "out_of_memory", "unwrapped"]
 
 TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 
 
 class Term(Protocol):
-    """One summand of f: ``(parameters, batch) -> (sum of the loss over the batch, its weight)``."""
+    """One summand of f: ``(parameters, batch) -> (sum of the loss over the batch, its weight)``.
+
+    ``constants`` are the tensors besides the parameters that live as long as the term, ``notes`` what an answer must
+    say about it, and ``verified`` tells whether its second derivative has been checked.
+    """
 
     dtype: torch.dtype
     device: torch.device
     notes: list[str]
+    constants: Mapping[str, Tensor]
+    verified: bool
 
     def session(self) -> contextlib.AbstractContextManager[None]:
-        """The block inside which the term may be evaluated; leaves nothing changed behind."""
+        """Make it ready to be evaluated inside the block; nothing stays changed behind it."""
 
-    def __call__(self, parameters: Sequence[Tensor], batch: Any) -> tuple[Tensor, float]: ...
+    def __call__(self, parameters: Sequence[Tensor], batch: Any) -> tuple[Tensor, float]:
+        """Evaluate."""
 
     def converted(self, dtype: torch.dtype) -> Term:
-        """The same term in another precision."""
+        """Make the same term in another precision."""
 
-    def without_fused_attention(self) -> bool:
-        """Switch to attention that can be differentiated twice; False if that was done before."""
+    def without_fused_kernels(self) -> bool:
+        """Switch to kernels that can be differentiated twice; False if that was done before."""
 
 
 class FunctionTerm:
@@ -45,22 +55,33 @@ class FunctionTerm:
     def __init__(self, function: Callable[[Tensor], Tensor], dtype: torch.dtype, device: torch.device) -> None:
         self.function, self.dtype, self.device = function, dtype, device
         self.notes: list[str] = []
+        self.constants: Mapping[str, Tensor] = {}
+        self.verified = True
+        self._fused = True
 
-    def session(self) -> contextlib.AbstractContextManager[None]:
-        return random_states_kept()
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        """See :class:`Term`."""
+        with random_states_kept(), plain_autograd(self.device), _plain_kernels(not self._fused):
+            yield
 
     def __call__(self, parameters: Sequence[Tensor], batch: Any) -> tuple[Tensor, float]:
+        """See :class:`Term`."""
         return _scalar(self.function(parameters[0]), "the function"), 1.0
 
     def converted(self, dtype: torch.dtype) -> FunctionTerm:
-        return FunctionTerm(self.function, dtype, self.device)
+        """See :class:`Term`."""
+        other = copy.copy(self)
+        other.dtype, other.notes = dtype, []
+        return other
 
-    def without_fused_attention(self) -> bool:
-        return False
+    def without_fused_kernels(self) -> bool:
+        """See :class:`Term`."""
+        return _switch_fused_off(self)
 
 
 class ModelTerm:
-    """f given as a model with ``loss(output, target)`` (a mean over rows) or ``batch_loss(model, batch)`` (sum, weight).
+    """f given as a model with ``loss(output, target)``, a mean over rows, or ``batch_loss(model, batch)``.
 
     The module itself is never modified: it is called with the audited parameters in place of its own, with detached
     frozen parameters, and with copies of its buffers, all in ``dtype`` on ``device``.
@@ -78,13 +99,22 @@ class ModelTerm:
     ) -> None:
         if (loss is None) == (batch_loss is None):
             raise UsageError("give either loss(output, target) or batch_loss(model, batch), and not both")
-        self.call = _Call(_unwrapped(model), loss, batch_loss)
+        if isinstance(model, torch.jit.ScriptModule):
+            raise UsageError(
+                "the model is a ScriptModule, whose parameters are out of reach: pass the nn.Module itself"
+            )
+        self.call = _Call(model, loss, batch_loss)
         self.names = [f"model.{name}" for name in names]
         self.mode, self.dtype, self.device = mode, dtype, device
         self.notes: list[str] = []
-        self._fused_attention = True
+        self.verified = False
+        self._fused = True
         self._check_mode()
-        self._rest = self._frozen_tensors()
+        chosen = set(self.names)
+        frozen = {name: p.detach() for name, p in self.call.named_parameters() if name not in chosen}
+        buffers = {name: buffer.detach().clone() for name, buffer in self.call.named_buffers()}
+        self.constants: Mapping[str, Tensor] = {name: self._moved(tensor) for name, tensor in frozen.items()}
+        self._buffers = {name: self._moved(tensor) for name, tensor in buffers.items()}
 
     def _check_mode(self) -> None:
         if self.mode not in ("eval", "train"):
@@ -92,55 +122,89 @@ class ModelTerm:
         if self.mode == "eval":
             return
         for name, module in self.call.model.named_modules():
-            if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
+            tracking = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
+            if tracking or isinstance(module, nn.modules.batchnorm._BatchNorm):
                 raise UsageError(
-                    f"mode='train' is refused: {name} ({type(module).__name__}) mixes the rows of a batch and changes "
+                    f"mode='train' is refused: {name} ({type(module).__name__}) mixes the rows of a batch or changes "
                     "its statistics on every pass; use mode='eval'"
                 )
 
-    def _frozen_tensors(self) -> dict[str, Tensor]:
-        chosen = set(self.names)
-        rest = {name: p.detach() for name, p in self.call.named_parameters() if name not in chosen}
-        rest |= {name: buffer.detach().clone() for name, buffer in self.call.named_buffers()}
-        return {name: self._moved(tensor) for name, tensor in rest.items()}
-
     def _moved(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+        moved = tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+        return moved.clone() if moved.is_inference() else moved
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        attention = contextlib.nullcontext() if self._fused_attention else sdpa_kernel(SDPBackend.MATH)
-        with random_states_kept(), training_flags(self.call.model, self.mode == "train"), attention:
+        """See :class:`Term`."""
+        with (
+            random_states_kept(),
+            modules_kept(self.call, self.mode == "train"),
+            plain_autograd(self.device),
+            _plain_kernels(not self._fused),
+        ):
             yield
 
     def __call__(self, parameters: Sequence[Tensor], batch: Any) -> tuple[Tensor, float]:
+        """See :class:`Term`."""
         batch = map_tensors(self._moved, batch)
-        tensors = dict(zip(self.names, parameters, strict=True)) | self._rest
+        # Buffers are copied for every call: a forward that counts or averages in them starts from the same ones.
+        buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
+        tensors = {**self.constants, **buffers, **dict(zip(self.names, parameters, strict=True))}
         try:
             total, weight = torch.func.functional_call(self.call, tensors, (batch,), tie_weights=True)
-        except (TorchflatError, torch.OutOfMemoryError, NotImplementedError):
+        except TorchflatError:
             raise
         except Exception as error:
-            raise DataError(
-                f"evaluating the loss failed with {type(error).__name__}: {_first_line(error)} (batch: {describe(batch)})"
-            ) from error
+            if out_of_memory(error):
+                raise
+            what = f"{type(error).__name__}: {first_line(error)}"
+            raise DataError(f"evaluating the loss failed with {what} (batch: {describe(batch)})") from error
         if not math.isfinite(weight) or weight < 0:
             raise LossError(f"batch_loss returned the weight {weight}: it must be a finite number >= 0")
         return total, weight
 
     def converted(self, dtype: torch.dtype) -> ModelTerm:
-        names = [name.removeprefix("model.") for name in self.names]
-        call = self.call
-        term = ModelTerm(call.model, call.loss, call.batch_loss, names, self.mode, dtype, self.device)
-        term._fused_attention = self._fused_attention
-        return term
+        """See :class:`Term`."""
+        other = copy.copy(self)
+        other.dtype, other.notes, other.verified = dtype, [], True
+        other.constants = {name: other._moved(tensor) for name, tensor in self.constants.items()}
+        other._buffers = {name: other._moved(tensor) for name, tensor in self._buffers.items()}
+        return other
 
-    def without_fused_attention(self) -> bool:
-        if not self._fused_attention:
-            return False
-        self._fused_attention = False
-        self.notes.append("fused attention cannot be differentiated twice: its plain form was used")
-        return True
+    def without_fused_kernels(self) -> bool:
+        """See :class:`Term`."""
+        return _switch_fused_off(self)
+
+
+def _switch_fused_off(term: FunctionTerm | ModelTerm) -> bool:
+    if not term._fused:
+        return False
+    term._fused = False
+    term.notes.append(
+        "a fused kernel (attention, cuDNN, weight norm) has no second derivative: its plain form was used"
+    )
+    return True
+
+
+@contextlib.contextmanager
+def _plain_kernels(wanted: bool) -> Iterator[None]:
+    """Attention, RNNs and weight normalisation in their plain forms: the fused ones lack a double backward."""
+    with contextlib.ExitStack() as stack:
+        if wanted:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            stack.enter_context(_PlainWeightNorm())
+        yield
+
+
+class _PlainWeightNorm(TorchFunctionMode):
+    """w = g·v/|v| in plain operations: the double backward of the fused kernel takes |v| for a constant."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._weight_norm:
+            v, g, dim = args
+            return v * (g / torch.norm_except_dim(v, 2, dim))
+        return func(*args, **(kwargs or {}))
 
 
 class _Call(nn.Module):
@@ -162,18 +226,20 @@ class _Call(nn.Module):
         rows = row_count(target) or row_count(batch)
         if rows is None:
             raise DataError(f"the rows of a batch cannot be counted ({describe(batch)}): use batch_loss(model, batch)")
+        _refuse_ignored(self.loss, target)
         return _scalar(self.loss(output, target), "the loss") * rows, float(rows)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside torch.compile, DataParallel and DistributedDataParallel, which cannot be differentiated twice."""
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Take the module out of torch.compile and DistributedDataParallel, which have no second derivative."""
     while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
         else:
+            inner = getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
             return model
+        model = inner
 
 
 def _inputs_and_target(batch: Any) -> tuple[Sequence[Any], Mapping[str, Any], Any]:
@@ -189,6 +255,19 @@ def _inputs_and_target(batch: Any) -> tuple[Sequence[Any], Mapping[str, Any], An
         return (batch[0],), {}, batch[1]
     kind = f"{type(batch).__name__} of length {len(batch)}" if isinstance(batch, tuple | list) else type(batch).__name__
     raise DataError(f"a batch must be (input, target) or a dict, not a {kind}: use batch_loss(model, batch)")
+
+
+def _refuse_ignored(loss: Any, target: Any) -> None:
+    default = -100 if loss is F.cross_entropy or loss is F.nll_loss else None
+    index = getattr(loss, "ignore_index", default)
+    if index is None or not isinstance(target, Tensor) or target.is_floating_point():
+        return
+    ignored = int((target == index).sum())
+    if ignored:
+        raise LossError(
+            f"{ignored} of {target.numel()} targets of a batch are {index}, which the loss leaves out of its mean: "
+            "pass batch_loss(model, batch) -> (sum, number of targets that count) instead"
+        )
 
 
 def _sum_and_weight(answer: Any) -> tuple[Tensor, float]:
@@ -213,15 +292,11 @@ def _scalar(loss: Any, what: str) -> Tensor:
     return loss.reshape(())
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message."""
     return (str(error).strip().splitlines() or ["(no message)"])[0]
 
 
-def non_finite(where: str, tensors: Mapping[str, Tensor]) -> NonFiniteError:
-    """Name the tensors that hold NaN or infinity."""
-    bad = [
-        f"{name} ({int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} entries)"
-        for name, tensor in tensors.items()
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
-    ]
-    return NonFiniteError(f"{where}: {', '.join(bad[:5]) or 'the value overflows or is undefined'} not finite")
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left, which is no fault of the data or the model."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)

@@ -5,37 +5,48 @@ A product on a retained graph costs two gradients; one whose graph must be rebui
 
 from __future__ import annotations
 
-import weakref
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from torchflat.errors import LossError
-from torchflat.objective.batches import Batches, row_count, slice_rows
-from torchflat.objective.evaluation import Term, non_finite
+from torchflat.errors import DataError, LossError, NonFiniteError
+from torchflat.objective.batches import Batches, row_count, rows_of, slice_rows
+from torchflat.objective.evaluation import Term, first_line, out_of_memory
 from torchflat.objective.ledger import Ledger
-from torchflat.objective.memory import Memory, measured_graph
+from torchflat.objective.memory import Memory, graph_bytes, return_freed_pages
 
-__all__ = ["Graph", "Graphs"]
+__all__ = ["Graph", "Graphs", "NotDifferentiable", "non_finite"]
 
 PROBE_ROWS = 16
 LARGEST_MICROBATCH = 4096
 # A product needs about as much again as the graph it runs through; two are kept free, one for a graph being rebuilt.
 WORKSPACE_GRAPHS = 2
+# Vectors of length n, in float64, that a product and the step of the iteration that asked for it take at their peak:
+# six are alive at once, and three more were measured to stay in the allocator's heap.
+WORKSPACE_VECTORS = 9
 # One graph takes at most this share of the budget, so that the workspace stays small beside what is retained.
 GRAPH_SHARE = 1 / 16
 
 
+class NotDifferentiable(LossError):
+    """A kernel of the model lacks its derivative, or the derivative of its derivative."""
+
+
 @dataclass(eq=False)
 class Graph:
-    """The gradient of the loss sum of one micro-batch, still attached to the graph that made it."""
+    """The gradient of the loss sum of one micro-batch, still attached to the graph that made it.
+
+    Of each tensor's gradient only its place in the graph is kept; None where it does not depend on the parameters.
+    """
 
     weight: float
     rows: int
-    gradients: tuple[Tensor, ...]
+    gradients: tuple[GradientEdge | None, ...]
     leaves: Sequence[Tensor]
     bytes: int
 
@@ -46,15 +57,19 @@ class Graph:
         """
         chosen = range(len(self.leaves)) if tensors is None else tensors
         leaves = [self.leaves[i] for i in chosen]
-        attached = [(self.gradients[i], v) for i, v in zip(chosen, vectors, strict=True) if self.gradients[i].requires_grad]
-        if not attached:
+        edges, weights = [], []
+        for i, vector in zip(chosen, vectors, strict=True):
+            edge = self.gradients[i]
+            if edge is not None:
+                edges.append(edge)
+                weights.append(vector)
+        if not edges:
             return [torch.zeros_like(leaf) for leaf in leaves]
-        gradients, weights = zip(*attached, strict=True)
-        return list(
-            torch.autograd.grad(
-                gradients, leaves, grad_outputs=weights, retain_graph=True, allow_unused=True, materialize_grads=True
+        with _derivative("differentiated twice"):
+            products = torch.autograd.grad(
+                edges, leaves, grad_outputs=weights, retain_graph=True, allow_unused=True, materialize_grads=True
             )
-        )
+        return [_dense(product) for product in products]
 
 
 class Graphs:
@@ -76,6 +91,7 @@ class Graphs:
         self._kept: dict[int, Graph] = {}
         self._count: int | None = None
         self._largest = 0
+        self._vectors = WORKSPACE_VECTORS * 8 * sum(leaf.numel() for leaf in leaves.values())
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -89,38 +105,54 @@ class Graphs:
             return "rebuilt"
         return "retained" if len(self._kept) == self._count else "mixed"
 
+    def choose_microbatch(self) -> None:
+        """Set ``microbatch`` to the rows whose graph takes its share of the budget, from a graph of a few rows."""
+        batch = self.batches.first(PROBE_ROWS)
+        probe = max(1, rows_of(batch))
+        graph = self._build(batch, 0)
+        self._largest = 0
+        share = int(self.memory.total * GRAPH_SHARE / max(1, graph.bytes / probe))
+        # No fewer than were just tried: single rows save no memory worth the time.
+        self.microbatch = max(probe, min(share, LARGEST_MICROBATCH))
+
     def microbatches(self) -> Iterator[Any]:
-        """All rows, in pieces of at most ``microbatch``; batches that cannot be cut stay whole."""
+        """All rows, in pieces of at most ``microbatch``; batches that cannot be cut stay whole.
+
+        Raises:
+            DataError: there are more or fewer rows than on the first pass.
+        """
+        seen = 0
         for batch in self.batches:
-            rows = row_count(batch) if self.splittable else None
-            if rows is None:
+            rows = row_count(batch)
+            seen += rows_of(batch)
+            if rows is None or not self.splittable or self.microbatch is None:
                 yield batch
                 continue
-            if self.microbatch is None:
-                self.microbatch = self._fitting_rows(batch, rows)
             pieces = -(-rows // self.microbatch)
             for piece in range(pieces):
                 # Pieces of equal size: a tiny last one would cost as much overhead as a full one.
                 yield slice_rows(batch, piece * rows // pieces, (piece + 1) * rows // pieces)
+        if seen != self.batches.rows:
+            raise DataError(f"the data changes between passes: {self.batches.rows} rows at first, and now {seen}")
 
-    def for_each(self, work: Callable[[Graph], None]) -> None:
-        """Call ``work`` with every micro-batch's graph once. Those beyond the budget are rebuilt and dropped again."""
+    def for_each(self, work: Callable[[Graph, int], None]) -> None:
+        """Call ``work`` with every micro-batch's graph once, and its index. Those beyond the budget are rebuilt."""
         self._drop_beyond_budget()
         if self.path == "retained":
-            for graph in self._kept.values():
-                work(graph)
+            for index, graph in self._kept.items():
+                work(graph, index)
             return
         index = -1
         for index, batch in enumerate(self.microbatches()):
             if index not in self._kept:
                 graph = self._build(batch, index)
                 if self.memory.graphs + graph.bytes > self._room():
-                    work(graph)
+                    work(graph, index)
                     # Dropped before the next one is built, or two would be alive at once.
                     del graph
                     continue
                 self._keep(index, graph)
-            work(self._kept[index])
+            work(self._kept[index], index)
         self._count = index + 1
 
     def clear(self) -> None:
@@ -129,7 +161,7 @@ class Graphs:
 
     def evaluate(self, batch: Any, index: int) -> tuple[Tensor, float]:
         """Loss sum and weight of one micro-batch."""
-        self.ledger.charge(forwards=row_count(batch) or 1)
+        self.ledger.charge(forwards=rows_of(batch))
         total, weight = self.term(self.parameters, batch)
         if not torch.isfinite(total):
             raise self.non_finite(f"the loss of micro-batch {index} is {total.item()}", batch)
@@ -138,46 +170,73 @@ class Graphs:
     def differentiate(self, batch: Any, index: int, create_graph: bool) -> tuple[Tensor, float, tuple[Tensor, ...]]:
         """Loss sum, weight and gradient of one micro-batch."""
         total, weight = self.evaluate(batch, index)
-        if not total.requires_grad:
+        if not total.requires_grad and weight > 0:
             raise LossError(
                 "the loss does not depend on the audited parameters: check that the model's output reaches the loss "
                 "without .detach(), .item() or torch.no_grad(), and that params= names what the model uses"
             )
-        self.ledger.charge(backwards=row_count(batch) or 1)
-        gradients = torch.autograd.grad(
-            total, self.parameters, create_graph=create_graph, allow_unused=True, materialize_grads=True
-        )
-        return total.detach(), weight, gradients
+        self.ledger.charge(backwards=rows_of(batch))
+        if not total.requires_grad:
+            return total, weight, tuple(torch.zeros_like(leaf) for leaf in self.leaves.values())
+        with _derivative("differentiated"):
+            gradients = torch.autograd.grad(
+                total, self.parameters, create_graph=create_graph, allow_unused=True, materialize_grads=True
+            )
+        return total.detach(), weight, tuple(map(_dense, gradients))
 
-    def non_finite(self, what: str, batch: Any) -> Exception:
-        """An error that says which parameters and inputs hold NaN or infinity."""
-        inputs = batch.items() if isinstance(batch, Mapping) else enumerate(batch if isinstance(batch, tuple | list) else ())
-        tensors = {f"batch[{key!r}]": item for key, item in inputs if isinstance(item, Tensor)}
-        return non_finite(what, {**self.leaves, **tensors})
+    def non_finite(self, what: str, batch: Any) -> NonFiniteError:
+        """Make an error that says which parameters and inputs hold NaN or infinity."""
+        items = (
+            batch if isinstance(batch, Mapping) else dict(enumerate(batch if isinstance(batch, tuple | list) else ()))
+        )
+        tensors = {f"batch[{key!r}]": item for key, item in items.items() if isinstance(item, Tensor)}
+        return non_finite(what, {**self.leaves, **self.term.constants, **tensors})
 
     def _build(self, batch: Any, index: int) -> Graph:
         leaves = self.parameters
-        with measured_graph(leaves) as size:
-            total, weight, gradients = self.differentiate(batch, index, create_graph=True)
-        self._largest = max(self._largest, size[0])
-        return Graph(weight, row_count(batch) or 1, gradients, leaves, size[0])
+        _, weight, gradients = self.differentiate(batch, index, create_graph=True)
+        edges = tuple(get_gradient_edge(gradient) if gradient.requires_grad else None for gradient in gradients)
+        size = graph_bytes({edge.node for edge in edges if edge is not None}, [*leaves, *self.term.constants.values()])
+        self._largest = max(self._largest, size)
+        return Graph(weight, rows_of(batch), edges, leaves, size)
 
     def _keep(self, index: int, graph: Graph) -> None:
+        self.memory.keep_graph(graph, graph.bytes)
         self._kept[index] = graph
-        self.memory.graphs += graph.bytes
-        weakref.finalize(graph, self.memory.release, graph.bytes)
 
     def _room(self) -> int:
-        return self.memory.room_for_graphs(WORKSPACE_GRAPHS * self._largest)
+        return self.memory.room_for_graphs(WORKSPACE_GRAPHS * self._largest + self._vectors)
 
     def _drop_beyond_budget(self) -> None:
+        if self.memory.graphs <= self._room():
+            return
         while self._kept and self.memory.graphs > self._room():
             self._kept.popitem()
+        return_freed_pages()
 
-    def _fitting_rows(self, batch: Any, rows: int) -> int:
-        """Rows whose graph takes its share of the budget, from a graph of a few rows."""
-        probe = min(rows, PROBE_ROWS)
-        graph = self._build(slice_rows(batch, 0, probe), 0)
-        self._largest = 0
-        share = int(self.memory.total * GRAPH_SHARE / max(1, graph.bytes / probe))
-        return max(1, min(rows, share, LARGEST_MICROBATCH))
+
+@contextlib.contextmanager
+def _derivative(what: str) -> Iterator[None]:
+    """Turn what autograd says about a missing derivative into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        raise NotDifferentiable(f"the loss cannot be {what}: {first_line(error)}") from error
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor.to_dense() if tensor.layout is not torch.strided else tensor
+
+
+def non_finite(where: str, tensors: Mapping[str, Tensor]) -> NonFiniteError:
+    """Name the tensors that hold NaN or infinity."""
+    bad = [
+        f"{name} ({int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} entries)"
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+    ]
+    if not bad:
+        return NonFiniteError(f"{where}, though all weights and inputs are finite: it overflows or is undefined there")
+    return NonFiniteError(f"{where}; not finite: {', '.join(bad[:5])}")

@@ -25,10 +25,12 @@ class Ledger:
 
     @property
     def cost(self) -> Cost:
+        """What has been charged, in passes over ``rows`` rows."""
         rows = self.rows
         return Cost(self._forwards / rows, self._backwards / rows, self._products / rows, self._seconds)
 
     def charge(self, *, forwards: int = 0, backwards: int = 0, products: int = 0) -> None:
+        """Count rows, here and in the objectives this one came from."""
         self._forwards += forwards
         self._backwards += backwards
         self._products += products
@@ -37,6 +39,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:
+        """Count the seconds spent inside the block."""
         started = time.perf_counter()
         try:
             yield

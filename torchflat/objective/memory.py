@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import re
-from collections.abc import Iterator
+import sys
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from torchflat.errors import UsageError
 
-__all__ = ["Memory", "measured_graph", "parse_bytes"]
+__all__ = ["Memory", "graph_bytes", "parse_bytes", "return_freed_pages"]
 
 UNITS = {"": 1, "b": 1} | {
     prefix + suffix: base**power
@@ -47,9 +53,19 @@ class Memory:
         """Bytes that graphs may take in all, if ``workspace`` bytes must stay free for one product."""
         return max(0, self.total - self.vectors - workspace)
 
-    def release(self, size: int) -> None:
-        """Called when a retained graph is gone."""
-        self.graphs -= size
+    def keep_graph(self, graph: object, size: int) -> None:
+        """Account for ``size`` bytes until ``graph`` is gone."""
+        self.graphs += size
+        weakref.finalize(graph, self._forget, 0, size).atexit = False
+
+    def keep_vectors(self, owner: object, size: int) -> None:
+        """Account for ``size`` bytes of vectors until their ``owner`` is gone."""
+        self.vectors += size
+        weakref.finalize(owner, self._forget, size, 0).atexit = False
+
+    def _forget(self, vectors: int, graphs: int) -> None:
+        self.vectors -= vectors
+        self.graphs -= graphs
 
     @contextlib.contextmanager
     def vectors_held(self, size: int) -> Iterator[None]:
@@ -61,23 +77,50 @@ class Memory:
             self.vectors -= size
 
 
-@contextlib.contextmanager
-def measured_graph(leaves: list[Tensor]) -> Iterator[list[int]]:
-    """Measure the bytes that graphs built inside the block keep alive; the one item of the list is the sum.
+def return_freed_pages() -> None:
+    """Give memory that was freed back to the system, where glibc would keep it in its heap.
 
-    Every tensor that autograd saves passes through the hook. Overlapping views count once, views of ``leaves`` never.
+    Blocks below 32 MiB are recycled, but not for larger ones and not across other blocks: without this, what a check in
+    float64 took stays resident beside what the budget is spent on.
     """
-    owned = {leaf.untyped_storage().data_ptr() for leaf in leaves}
-    seen: set[tuple[int, int]] = set()
-    total = [0]
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
-    def count(tensor: Tensor) -> Tensor:
-        # By the bytes of the view: the storage of a slice of the data may be the whole data set.
-        key = tensor.data_ptr(), tensor.numel()
-        if key not in seen and tensor.untyped_storage().data_ptr() not in owned:
-            seen.add(key)
-            total[0] += tensor.numel() * tensor.element_size()
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        yield total
+def graph_bytes(roots: Iterable[Node], owned: Iterable[Tensor]) -> int:
+    """Bytes that the autograd graph below ``roots`` keeps alive, in the tensors that its nodes have saved.
+
+    Overlapping views count once, views of the tensors ``owned`` by the objective never. (Hooks on saved tensors would
+    see them all, but what a hook returns for an operator's own output closes a reference cycle, and is never freed.)
+    """
+    storages = {tensor.untyped_storage().data_ptr() for tensor in owned}
+    views: dict[tuple[int, int], int] = {}
+    nodes, waiting = set(roots), list(roots)
+    while waiting:
+        node = waiting.pop()
+        for tensor in _saved_tensors(node):
+            # By the bytes of the view: the storage of a slice of the data may be the whole data set.
+            if tensor.untyped_storage().data_ptr() not in storages:
+                views[tensor.data_ptr(), tensor.numel()] = tensor.numel() * tensor.element_size()
+        for below, _ in node.next_functions:
+            if below is not None and below not in nodes:
+                nodes.add(below)
+                waiting.append(below)
+    return sum(views.values())
+
+
+def _saved_tensors(node: Any) -> Iterator[Tensor]:
+    if isinstance(node, torch.autograd.function.BackwardCFunction):
+        saved = [*node.saved_tensors, *vars(node).values()]
+    else:
+        saved = [getattr(node, name) for name in _saved_names(type(node))]
+    for value in saved:
+        for tensor in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
+                yield tensor
+
+
+@functools.cache
+def _saved_names(kind: type) -> list[str]:
+    return [name.removeprefix("_raw") for name in dir(kind) if name.startswith("_raw_saved_")]

@@ -5,39 +5,46 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from torchflat import ops
-from torchflat.errors import DataError, LossError, NonFiniteError, ReproducibilityError, UsageError
-from torchflat.objective.batches import Batches, as_batches, row_count, slice_rows
-from torchflat.objective.evaluation import FunctionTerm, ModelTerm, Term, non_finite
-from torchflat.objective.graphs import Graph, Graphs
+from torchflat.errors import DataError, LossError, NonFiniteError, UsageError
+from torchflat.objective.accuracy import Accuracy, second_derivative_fault
+from torchflat.objective.batches import Batches, as_batches, rows_of
+from torchflat.objective.evaluation import FunctionTerm, ModelTerm, Term, unwrapped
+from torchflat.objective.graphs import Graph, Graphs, NotDifferentiable, non_finite
 from torchflat.objective.ledger import Ledger
-from torchflat.objective.memory import Memory, parse_bytes
+from torchflat.objective.memory import Memory, parse_bytes, return_freed_pages
+from torchflat.objective.preflight import preflight
+from torchflat.objective.state import random_states_kept
 from torchflat.parameters import Layout, select
 from torchflat.result import Cost
 
 __all__ = ["Objective"]
 
-# Rows on which float32 products are checked against float64 ones, and on which the preflight probe runs.
-SAMPLE_ROWS = 256
+# What autograd says of kernels that have a plain form which it can differentiate twice.
+FUSED_KERNEL_SIGNS = ("is not implemented", "cudnn")
+
+Result = TypeVar("Result")
 
 
 class Objective:
-    """The loss of a model over data, as a function of the flat vector x of its audited parameters:
+    """The loss of a model over data, as a function of the flat vector x of its audited parameters.
 
-        f(x) = Σ loss over rows / Σ weight  +  ½ · weight_decay · |x|²,    x of shape (n,).
+    f(x) = Σ loss over rows / Σ weight  +  ½ · weight_decay · |x|², with x of shape (n,).
 
     Args:
         model: any ``nn.Module``. It is called, never modified: weights, buffers, flags, ``.grad``, hooks and random
-            states are what they were, also after an error or an interruption.
+            states are what they were, also after an error or an interruption. x and the buffers are copied; frozen
+            parameters are shared, and must not be trained while the objective is in use.
         loss: ``loss(output, target) -> scalar``, a mean over the rows of the batch. ``None`` with ``batch_loss``.
         data: a DataLoader, a Dataset, ``(X, Y)`` tensors, or batches that can be iterated again and again. A batch is
             ``(input, target)`` or a dict whose target is called ``labels``, ``target`` or ``y``. Shuffling and
-            ``drop_last`` of a loader are undone: every row counts, once, in a fixed order.
+            ``drop_last`` of a loader are undone: every row counts, once, in a fixed order. A sampler that draws rows
+            (with weights, or some of them) is drawn once.
         params: names, wildcards or submodules that make up x (``"!name"`` excludes); default: what requires grad.
         device, dtype: where and how to compute; default: the parameters' own. Half precision is audited in float32.
         mode: ``"eval"`` (default) or ``"train"``.
@@ -72,6 +79,11 @@ class Objective:
         batch_loss: Callable[[nn.Module, Any], tuple[Tensor, float]] | None = None,
         weight_decay: float = 0.0,
     ) -> None:
+        if microbatch is not None and microbatch < 1:
+            raise UsageError(f"microbatch={microbatch}: it must be a positive number of rows, or None")
+        if not math.isfinite(weight_decay):
+            raise UsageError(f"weight_decay={weight_decay}: it must be a finite number")
+        model = unwrapped(model)
         names = select(model, params)
         own = dict(model.named_parameters())
         tensors = [own[name].detach() for name in names]
@@ -80,17 +92,16 @@ class Objective:
         term = ModelTerm(model, loss, batch_loss, names, mode, precision, place)
         layout = Layout(tuple(names), tuple(tensor.shape for tensor in tensors))
         x = layout.flatten([tensor.to(place, precision) for tensor in tensors])
-        if microbatch is not None and microbatch < 1:
-            raise UsageError(f"microbatch={microbatch}: it must be a positive number of rows, or None")
         batches = as_batches(data)
         budget, ledger = Memory(parse_bytes(memory)), Ledger(batches.rows)
         self._assemble(term, batches, layout, x, budget, ledger, microbatch, weight_decay)
+        budget.keep_vectors(self, x.nbytes)
 
     @classmethod
     def from_function(
         cls, fn: Callable[[Tensor], Tensor], x: Tensor, *, memory: str | int = "2GiB", weight_decay: float = 0.0
     ) -> Objective:
-        """The objective f = fn at x: ``fn`` maps a (n,) tensor to a scalar; there is no data.
+        """Make the objective f = fn at x: ``fn`` maps a (n,) tensor to a scalar; there is no data.
 
         >>> f = Objective.from_function(lambda x: (x[0] * x[1] - 1) ** 2, torch.tensor([2.0, 0.5]))
         >>> f.value(), f.gradient(), f.hvp(torch.eye(2))
@@ -104,6 +115,7 @@ class Objective:
         batches, layout = Batches([None], 1), Layout(("x",), (x.shape,))
         term, budget = FunctionTerm(fn, x.dtype, x.device), Memory(parse_bytes(memory))
         self._assemble(term, batches, layout, x, budget, Ledger(1), None, weight_decay)
+        budget.keep_vectors(self, x.nbytes)
         return self
 
     def _assemble(
@@ -119,15 +131,18 @@ class Objective:
         checked: bool = False,
     ) -> None:
         self.layout, self.memory, self.weight_decay = layout, memory, weight_decay
-        self._term, self._batches, self._x, self._ledger = term, batches, x, ledger
-        parts = layout.split(x)
-        leaves = {name: part.requires_grad_() for name, part in zip(layout.names, parts, strict=True)}
+        self._term, self._batches, self._ledger = term, batches, ledger
+        with torch.inference_mode(False):
+            self._x = x.clone() if x.is_inference() else x
+            parts = layout.split(self._x)
+            leaves = {name: part.requires_grad_() for name, part in zip(layout.names, parts, strict=True)}
         self._graphs = Graphs(term, batches, leaves, memory, ledger, microbatch)
+        self._automatic = microbatch is None
         self._checked = checked
         self._value: float | None = None
         self._gradient: Tensor | None = None
-        self._sample_pair: tuple[Objective, Objective] | None = None
-        if not torch.isfinite(x).all():
+        self._accuracy = Accuracy()
+        if not torch.isfinite(self._x).all():
             raise self._graphs.non_finite("the parameters are not finite", None)
 
     # What it is ------------------------------------------------------------------------------------------------------
@@ -149,10 +164,12 @@ class Objective:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of x and of all products."""
         return self._term.dtype
 
     @property
     def device(self) -> torch.device:
+        """Where all is computed."""
         return self._term.device
 
     @property
@@ -181,30 +198,18 @@ class Objective:
     def value(self) -> float:
         """f(x), accumulated in float64."""
         if self._value is None:
-            total = weight = 0.0
-            with self._session():
-                for index, batch in enumerate(self._graphs.microbatches()):
-                    with torch.no_grad():
-                        part, part_weight = self._graphs.evaluate(batch, index)
-                    total, weight = total + float(part), weight + part_weight
-            self._value = total / self._positive(weight) + self._decay_value()
+            self._value = self._attempt(self._sum_values) + self._decay_value()
         return self._value
 
     def gradient(self) -> Tensor:
         """∇f(x), shape (n,). Costs one gradient the first time, and gives the value for nothing."""
         if self._gradient is None:
-            accumulator = torch.zeros(self.n, dtype=torch.float64, device=self.device)
-            parts = self.layout.split(accumulator)
-            total = weight = 0.0
-            with self._session():
-                for index, batch in enumerate(self._graphs.microbatches()):
-                    value, part_weight, gradients = self._graphs.differentiate(batch, index, create_graph=False)
-                    ops.axpy_(parts, list(gradients), 1.0)
-                    total, weight = total + float(value), weight + part_weight
-            accumulator /= self._positive(weight)
-            accumulator += self.weight_decay * self._x
-            self._finite(accumulator, "the gradient")
-            self._value, self._gradient = total / weight + self._decay_value(), accumulator.to(self.dtype)
+            value, mean = self._attempt(self._sum_gradients)
+            mean.add_(self._x, alpha=self.weight_decay)
+            gradient = mean.to(self.dtype)
+            if not torch.isfinite(gradient).all():
+                raise NonFiniteError(f"the gradient overflows in {self.dtype}: use dtype=torch.float64")
+            self._value, self._gradient = value + self._decay_value(), gradient
         return self._gradient.clone()
 
     def hvp(self, v: Tensor) -> Tensor:
@@ -216,58 +221,58 @@ class Objective:
 
     def products(self, vectors: Tensor) -> Tensor:
         """H applied to each row of ``vectors`` (k, n), in one pass over the data; a (k, n) tensor of the same dtype."""
-        if not torch.isfinite(vectors).all():
-            raise NonFiniteError("the vector that H is applied to holds NaN or infinity")
-        accumulator = torch.zeros(vectors.shape, dtype=torch.float64, device=self.device)
+        self._verify()
+        _check_finite(vectors)
         inputs = [self.layout.split(vector) for vector in vectors]
-        outputs = [self.layout.split(row) for row in accumulator]
+        everything = range(len(self.layout.names))
 
-        def work(graph: Graph) -> float:
-            for vector, parts in zip(inputs, outputs, strict=True):
-                ops.axpy_(parts, graph.product(vector), 1.0)
-                self._ledger.charge(products=graph.rows)
-            return graph.weight
+        def work() -> Tensor:
+            sums = torch.zeros(vectors.shape, dtype=torch.float64, device=self.device)
+            jobs = [(everything, v, self.layout.split(row)) for v, row in zip(inputs, sums, strict=True)]
+            sums /= self._sum_products(jobs)
+            return sums.add_(vectors, alpha=self.weight_decay).to(self.dtype)
 
-        accumulator /= self._over_graphs(work, accumulator)
-        if self.weight_decay:
-            accumulator += self.weight_decay * vectors
-        self._finite(accumulator, "the Hessian product")
-        return accumulator.to(self.dtype)
+        # One vector's share is part of the workspace already.
+        with self.memory.vectors_held((vectors.shape[0] - 1) * self.n * 16):
+            products = self._attempt(work)
+        if not torch.isfinite(products).all():
+            raise self._non_finite_product([(everything, vector) for vector in inputs])
+        return products
 
     def block_products(self, vectors: dict[tuple[int, ...], Tensor]) -> dict[tuple[int, ...], Tensor]:
         """H_bb v_b for several diagonal blocks b in one pass over the data.
 
         A block is a tuple of indices into ``layout.names``; its vector has the length of those tensors together.
         """
-        layouts = {
-            block: Layout(tuple(self.layout.names[i] for i in block), tuple(self.layout.shapes[i] for i in block))
-            for block in vectors
-        }
-        sums = {block: torch.zeros(v.shape, dtype=torch.float64, device=self.device) for block, v in vectors.items()}
+        self._verify()
+        layouts = {block: self.layout.part(block) for block in vectors}
+        for vector in vectors.values():
+            _check_finite(vector)
+        inputs = [(block, layouts[block].split(vector)) for block, vector in vectors.items()]
 
-        def work(graph: Graph) -> float:
-            for block, vector in vectors.items():
-                products = graph.product(layouts[block].split(vector), block)
-                ops.axpy_(layouts[block].split(sums[block]), products, 1.0)
-                self._ledger.charge(products=graph.rows)
-            return graph.weight
+        def work() -> dict[tuple[int, ...], Tensor]:
+            sums = {block: torch.zeros_like(v, dtype=torch.float64) for block, v in vectors.items()}
+            weight = self._sum_products([(block, v, layouts[block].split(sums[block])) for block, v in inputs])
+            return {
+                block: (total / weight).add_(vectors[block], alpha=self.weight_decay).to(self.dtype)
+                for block, total in sums.items()
+            }
 
-        weight = self._over_graphs(work, *sums.values())
-        for block, vector in vectors.items():
-            sums[block] = sums[block] / weight + self.weight_decay * vector
-            self._finite(sums[block], "the Hessian product")
-        return {block: total.to(self.dtype) for block, total in sums.items()}
+        products = self._attempt(work)
+        if not all(torch.isfinite(product).all() for product in products.values()):
+            raise self._non_finite_product(inputs)
+        return products
 
     # What comes from it ----------------------------------------------------------------------------------------------
 
     def at(self, x: Tensor) -> Objective:
-        """The same function at another point, of shape (n,)."""
+        """Take the same function to another point, of shape (n,)."""
         if x.shape != (self.n,):
             raise UsageError(f"x must have shape ({self.n},), not {tuple(x.shape)}")
         return self._derived(self._term, self._batches, x.detach().to(self.device, self.dtype, copy=True))
 
     def subset(self, size: int, seed: int = 0) -> Objective:
-        """The same function on ``size`` rows drawn without replacement. Its cost is charged here too."""
+        """Restrict the function to ``size`` rows drawn without replacement. Its cost is charged here too."""
         if not 1 <= size <= self.rows:
             raise UsageError(f"subset({size}): the data has {self.rows} rows")
         return self._derived(self._term, self._batches.subset(size, seed), self._x)
@@ -275,121 +280,164 @@ class Objective:
     def rounding_error(self, vectors: Tensor, quadratic: bool = False) -> float:
         """Largest ‖H v − H₆₄ v‖, or |vᵀ(H − H₆₄)v| if ``quadratic``, over the rows v of ``vectors`` (k, n).
 
-        H₆₄ is computed in float64. Measured on a sample of rows of the data; 0 where the working precision is float64
-        already, and for a function of x, which has no second precision.
+        H₆₄ is computed in float64, on a sample of 256 rows of the data. Where the loss cannot be computed in float64
+        (it holds constants of another precision), a note says so, and the error is twice the largest change of H v
+        between points that are one rounding of x apart. 0 where the working precision is float64 already.
         """
-        if self.dtype == torch.float64 or isinstance(self._term, FunctionTerm):
+        if self.dtype == torch.float64:
             return 0.0
-        if self._sample_pair is None:
-            size = min(self.rows, SAMPLE_ROWS, self._graphs.microbatch or SAMPLE_ROWS)
-            sample = self.subset(size) if self._graphs.splittable else self._first_batch()
-            exact = sample._derived(self._term.converted(torch.float64), sample._batches, self._x.double())
-            self._sample_pair = sample, exact
-        sample, exact = self._sample_pair
-        vectors = vectors.to(self.dtype)
-        error = sample.products(vectors).double() - exact.products(vectors.double())
-        return float(((error * vectors).sum(1).abs() if quadratic else torch.linalg.vector_norm(error, dim=1)).max())
+        return_freed_pages()
+        error = self._accuracy.rounding_error(self, vectors.detach().to(self.dtype), quadratic)
+        return_freed_pages()
+        return error
 
-    def _first_batch(self) -> Objective:
-        first = next(iter(self._batches))
-        return self._derived(self._term, Batches([first], row_count(first) or 1), self._x)
+    def few_rows(self, size: int) -> Objective:
+        """Restrict to about ``size`` rows: a subset, or the first batch if that cannot be cut; itself if small."""
+        self._prepare()
+        if self.rows <= size:
+            return self
+        if self._graphs.splittable:
+            return self.subset(size)
+        with random_states_kept():
+            first = self._batches.first()
+        return self._derived(self._term, Batches([first], rows_of(first)), self._x)
 
-    def _derived(self, term: Term, batches: Batches, x: Tensor) -> Objective:
+    def in_float64(self) -> Objective:
+        """Compute the same function at the same point in float64."""
+        # Half the rows at once, because each takes twice the memory.
+        self._prepare()
+        rows = None if self._graphs.microbatch is None else max(1, self._graphs.microbatch // 2)
+        return self._derived(self._term.converted(torch.float64), self._batches, self._x.double(), rows)
+
+    def note(self, text: str) -> None:
+        """Add to the notes of :meth:`provenance`, once."""
+        if text not in self._term.notes:
+            self._term.notes.append(text)
+
+    def _derived(self, term: Term, batches: Batches, x: Tensor, microbatch: int | None = None) -> Objective:
+        self._prepare()
         other = Objective.__new__(Objective)
-        ledger = Ledger(batches.rows, self._ledger)
-        rows, decay = self._graphs.microbatch, self.weight_decay
-        other._assemble(term, batches, self.layout, x, self.memory, ledger, rows, decay, checked=True)
+        ledger, rows = Ledger(batches.rows, self._ledger), microbatch or self._graphs.microbatch
+        other._assemble(term, batches, self.layout, x, self.memory, ledger, rows, self.weight_decay, checked=True)
         other._graphs.splittable = self._graphs.splittable
+        shared = {id(tensor) for tensor in (self._x, *self._term.constants.values())}
+        own = sum(tensor.nbytes for tensor in (x, *term.constants.values()) if id(tensor) not in shared)
+        self.memory.keep_vectors(other, own)
         return other
 
     # How it goes about it --------------------------------------------------------------------------------------------
 
+    def _prepare(self) -> None:
+        """Run the checks and choose the micro-batch, unless that has been done."""
+        if not self._checked:
+            self._attempt(lambda: None)
+
+    def _verify(self) -> None:
+        """Check once for each function that its products are those of the Hessian."""
+        if self._term.verified:
+            return
+        fault = second_derivative_fault(self)
+        if fault and self._term.without_fused_kernels():
+            self._graphs.clear()
+            fault = second_derivative_fault(self)
+        return_freed_pages()
+        if fault:
+            raise LossError(fault)
+        self._term.verified = True
+
     @contextlib.contextmanager
     def _session(self) -> Iterator[None]:
-        with self._ledger.timed(), self._term.session(), torch.enable_grad():
+        with self._ledger.timed(), self._term.session():
             if not self._checked:
-                self._preflight()
+                graphs = self._graphs
+                limit = graphs.microbatch
+                graphs.splittable = preflight(self._term, graphs.parameters, self._batches, limit, self._ledger)
+                if graphs.splittable and graphs.microbatch is None:
+                    graphs.choose_microbatch()
                 self._checked = True
             yield
 
-    def _over_graphs(self, work: Callable[[Graph], float], *accumulators: Tensor) -> float:
-        """Sum of ``work`` over all graphs; once more from zero if the model's attention had to be exchanged."""
-        weight = [0.0]
-
-        def add(graph: Graph) -> None:
-            weight[0] += work(graph)
-
+    def _attempt(self, work: Callable[[], Result]) -> Result:
+        """Return what ``work`` does in a session; once more if a fused kernel gave way to its plain form."""
         try:
             with self._session():
-                self._graphs.for_each(add)
-        except (NotImplementedError, RuntimeError) as error:
-            if "is not implemented" not in str(error):
+                return work()
+        except NotDifferentiable as error:
+            fused = any(sign in str(error).lower() for sign in FUSED_KERNEL_SIGNS)
+            if not fused or not self._term.without_fused_kernels():
                 raise
-            self._graphs.clear()
-            if not self._term.without_fused_attention():
-                what = str(error).strip().splitlines()[0]
-                raise LossError(f"the model cannot be differentiated twice: {what}") from error
-            for accumulator in accumulators:
-                accumulator.zero_()
-            return self._over_graphs(work, *accumulators)
-        return self._positive(weight[0])
+        self._graphs.clear()
+        if self._automatic:
+            # Plain kernels keep more for the backward pass.
+            self._graphs.microbatch, self._checked = None, False
+        with self._session():
+            return work()
 
-    def _preflight(self) -> None:
-        """Evaluate a few rows twice, and in two halves: is the model deterministic, and its loss a mean over rows?"""
-        first, again = (next(iter(self._batches), None) for _ in range(2))
-        rows = row_count(first) or 0
-        if rows > SAMPLE_ROWS:
-            first, again = (slice_rows(batch, 0, SAMPLE_ROWS) for batch in (first, again))
-            rows = SAMPLE_ROWS
-        whole, repeated = self._probe(first), self._probe(again)
-        tolerance = 1e-4 if self.dtype == torch.float32 else 1e-8
-        if not math.isclose(whole, repeated, rel_tol=tolerance, abs_tol=1e-30) and not math.isnan(whole):
-            raise ReproducibilityError(
-                f"two evaluations on the same rows gave {whole:.9g} and {repeated:.9g}: the model or its data is random "
-                "(noise, sampling, augmentation); fix its seed inside forward, or switch it off"
-            )
-        if rows < 2:
-            self._graphs.splittable = rows == 1
-            return
-        parts = [self._probe(slice_rows(first, *cut)) for cut in ((0, rows // 2), (rows // 2, rows))]
-        if abs(whole - sum(parts)) > tolerance * (abs(whole) + abs(parts[0]) + abs(parts[1])):
-            self._not_additive(whole, sum(parts))
-
-    def _not_additive(self, whole: float, parts: float) -> None:
-        if isinstance(self._term, ModelTerm) and self._term.call.batch_loss is None:
-            raise LossError(
-                f"the loss is not a mean over rows: {whole:.6g} summed over some rows at once, {parts:.6g} over their two "
-                "halves. Use reduction='mean' without class weights or ignored targets, or pass "
-                "batch_loss(model, batch) -> (sum, weight) instead"
-            )
-        self._graphs.splittable = False
-        self._term.notes.append("batch_loss is not a sum over rows: batches were kept whole")
-
-    def _probe(self, batch: Any) -> float:
-        self._ledger.charge(forwards=row_count(batch) or 1)
+    def _sum_values(self) -> float:
+        total = weight = 0.0
         with torch.no_grad():
-            return float(self._term(self._graphs.parameters, batch)[0])
+            for index, batch in enumerate(self._graphs.microbatches()):
+                part, part_weight = self._graphs.evaluate(batch, index)
+                total, weight = total + float(part), weight + part_weight
+        return total / _positive(weight)
 
-    def _positive(self, weight: float) -> float:
-        if weight <= 0:
-            raise DataError("the weights of the data sum to zero: no row counts")
-        return weight
+    def _sum_gradients(self) -> tuple[float, Tensor]:
+        sums = torch.zeros(self.n, dtype=torch.float64, device=self.device)
+        parts = self.layout.split(sums)
+        total = weight = 0.0
+        for index, batch in enumerate(self._graphs.microbatches()):
+            value, part_weight, gradients = self._graphs.differentiate(batch, index, create_graph=False)
+            ops.axpy_(parts, list(gradients), 1.0)
+            self._refuse_non_finite(f"the gradient of micro-batch {index}", range(len(parts)), gradients)
+            total, weight = total + float(value), weight + part_weight
+        sums /= _positive(weight)
+        return total / weight, sums
+
+    def _sum_products(self, jobs: Sequence[tuple[Sequence[int], Sequence[Tensor], Sequence[Tensor]]]) -> float:
+        """For each (tensors, vector, sums) add to ``sums`` the product over all data; return the weight."""
+        weights = []
+
+        def work(graph: Graph, index: int) -> None:
+            for tensors, vector, sums in jobs:
+                ops.axpy_(sums, graph.product(vector, tensors), 1.0)
+                self._ledger.charge(products=graph.rows)
+            weights.append(graph.weight)
+
+        self._graphs.for_each(work)
+        return _positive(sum(weights))
+
+    def _non_finite_product(self, jobs: Sequence[tuple[Sequence[int], Sequence[Tensor]]]) -> NonFiniteError:
+        """Find the micro-batch and the tensors where a product went wrong."""
+
+        def look(graph: Graph, index: int) -> None:
+            for tensors, vector in jobs:
+                products = graph.product(vector, tensors)
+                self._refuse_non_finite(f"the Hessian product of micro-batch {index}", tensors, products)
+
+        try:
+            self._attempt(lambda: self._graphs.for_each(look))
+        except NonFiniteError as error:
+            return error
+        return NonFiniteError(f"the Hessian product overflows in {self.dtype}: use dtype=torch.float64")
+
+    def _refuse_non_finite(self, what: str, tensors: Sequence[int], values: Sequence[Tensor]) -> None:
+        if not all(torch.isfinite(value).all() for value in values):
+            named = {self.layout.names[i]: value for i, value in zip(tensors, values, strict=True)}
+            raise non_finite(f"{what} holds NaN or infinity", named)
 
     def _decay_value(self) -> float:
         return 0.5 * self.weight_decay * float(ops.dot([self._x], [self._x]))
 
-    def _finite(self, tensor: Tensor, what: str) -> None:
-        if not torch.isfinite(tensor).all():
-            raise self._first_non_finite(what)
 
-    def _first_non_finite(self, what: str) -> Exception:
-        with self._session():
-            for index, batch in enumerate(self._graphs.microbatches()):
-                gradients = self._graphs.differentiate(batch, index, create_graph=False)[2]
-                named = dict(zip(self.layout.names, gradients, strict=True))
-                if not all(torch.isfinite(gradient).all() for gradient in gradients):
-                    return non_finite(f"{what}, at the gradient of micro-batch {index}", named)
-        return NonFiniteError(f"{what} is not finite in {self.dtype}, though every gradient is: use dtype=torch.float64")
+def _positive(weight: float) -> float:
+    if weight <= 0:
+        raise DataError("the weights of the data sum to zero: no row counts")
+    return weight
+
+
+def _check_finite(vectors: Tensor) -> None:
+    if not torch.isfinite(vectors).all():
+        raise NonFiniteError("the vector that H is applied to holds NaN or infinity")
 
 
 def _working_precision(dtype: torch.dtype | None, tensors: Sequence[Tensor]) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,8 +14,8 @@ from torchflat import ops
 from torchflat.errors import UsageError
 from torchflat.objective import Objective
 from torchflat.result import Answer, Cost, Interval, Status
-from torchflat.spectrum.krylov import MARGIN, Krylov
-from torchflat.spectrum.run import FLOORS, Callback, Run, check_request
+from torchflat.spectrum.krylov import Bounds, Krylov
+from torchflat.spectrum.run import Callback, Run, check_request
 
 __all__ = ["Block", "BlockSharpness", "block_sharpness"]
 
@@ -52,7 +53,7 @@ def block_sharpness(
     top: Tensor | None = None,
     callback: Callback | None = None,
 ) -> BlockSharpness:
-    """λ₁(H_bb) for the blocks b of parameters that share a module, or for every tensor (``by="tensor"``).
+    """Find λ₁(H_bb) for the blocks b of parameters that share a module, or for every tensor (``by="tensor"``).
 
     Each pass over the data advances every block that is not done by one Lanczos step; a block's product differentiates
     only its own part of the gradient graph. The intervals rest on T090, with the probability of a miss split evenly.
@@ -69,24 +70,24 @@ def block_sharpness(
     delta = run.delta / len(blocks)
     slices = list(f.layout.slices().values())
     gradient = f.gradient()
-    work = {name: _Progress(f, name, indices, seed) for name, indices in blocks.items()}
-    status: Status | None = None
-    while status is None:
-        active = [progress for progress in work.values() if progress.status is None]
-        images = f.block_products({progress.indices: progress.vector for progress in active})
-        for progress in active:
-            progress.advance(images[progress.indices], run, delta)
-        done = sum(progress.status is not None for progress in work.values())
-        stop = callback is not None and callback(done / len(work))
-        if done == len(work):
-            status = Status.CONVERGED if all(p.status is Status.CONVERGED for p in work.values()) else Status.ROUNDING_LIMITED
-        elif stop or not run.affordable():
-            status = Status.BUDGET
+    with contextlib.ExitStack() as stack:
+        work = [_Progress(f, name, indices, run, delta, seed, stack) for name, indices in blocks.items()]
+        over = False
+        while not over and (active := [progress for progress in work if progress.status is None]):
+            images = f.block_products({progress.indices: progress.krylov.latest for progress in active})
+            for progress in active:
+                progress.advance(images[progress.indices])
+            over = run.over(sum(progress.status is not None for progress in work) / len(work))
+        for progress in work:
+            progress.finish()
     rows = []
-    for name, indices in blocks.items():
-        parts = torch.cat([gradient[slices[i]] for i in indices])
-        share = None if top is None else float(sum(ops.dot([top[slices[i]]], [top[slices[i]]]) for i in indices))
-        rows.append(work[name].row(run, delta, float(ops.norm([parts])), share))
+    for progress in work:
+        ranges = [slices[i] for i in progress.indices]
+        norm = float(ops.norm([gradient[part] for part in ranges]))
+        share = None if top is None else float(ops.dot([top[part] for part in ranges], [top[part] for part in ranges]))
+        rows.append(progress.row(norm, share))
+    statuses = {row.status for row in rows}
+    status = next(s for s in (Status.BUDGET, Status.ROUNDING_LIMITED, Status.CONVERGED) if s in statuses)
     answer = BlockSharpness(tuple(rows), confidence, status, run.cost, f.provenance())
     run.warn(status, "block_sharpness")
     return answer
@@ -97,74 +98,79 @@ def _blocks(f: Objective, by: str) -> dict[str, tuple[int, ...]]:
         raise UsageError(f"by={by!r} is not 'module' or 'tensor'")
     blocks: dict[str, list[int]] = {}
     for index, name in enumerate(f.layout.names):
-        blocks.setdefault(name.rpartition(".")[0] or name if by == "module" else name, []).append(index)
+        if f.layout.sizes[index]:
+            blocks.setdefault(name.rpartition(".")[0] or name if by == "module" else name, []).append(index)
     return {name: tuple(indices) for name, indices in blocks.items()}
 
 
 class _Progress:
-    """The Lanczos process of one block."""
+    """The Lanczos process of one block, which is handed its products from outside."""
 
-    def __init__(self, f: Objective, name: str, indices: tuple[int, ...], seed: int) -> None:
-        self.f, self.name, self.indices = f, name, indices
+    def __init__(
+        self,
+        f: Objective,
+        name: str,
+        indices: tuple[int, ...],
+        run: Run,
+        delta: float,
+        seed: int,
+        stack: contextlib.ExitStack,
+    ) -> None:
+        self.f, self.name, self.indices, self.run, self.delta = f, name, indices, run, delta
         self.size = sum(f.layout.sizes[i] for i in indices)
         self.status: Status | None = None
         self.product_error: float | None = None
-        self._image: Tensor | None = None
-        self.krylov = Krylov(
-            self._next_image, self.size, seed=seed, stream=f"block/{name}", dtype=f.dtype, device=f.device, memory=f.memory
+        self._image = torch.empty(0)
+        self.krylov = stack.enter_context(
+            Krylov(
+                lambda vector: self._image,
+                self.size,
+                seed=seed,
+                stream=f"block/{name}",
+                dtype=f.dtype,
+                device=f.device,
+                memory=f.memory,
+            )
         )
 
     @property
-    def vector(self) -> Tensor:
-        """What the block's Hessian is to be applied to next."""
-        return self.krylov.latest
+    def bounds(self) -> Bounds:
+        """The block's λ₁, as far as it is known."""
+        return self.krylov.top(self.delta, self.product_error or 0.0)
 
-    def advance(self, image: Tensor, run: Run, delta: float) -> None:
+    def advance(self, image: Tensor) -> None:
+        """Take one step; ``image`` is the product with the latest vector."""
         self._image = image
         self.krylov.step()
-        if not self.krylov.worth_a_look():
-            return
-        if self._narrow(run, delta) and self.product_error is None:
-            self.product_error = self._rounding()
-        if self._narrow(run, delta):
-            value, _, _, floor = self.bounds(delta)
-            limited = run.rtol * max(abs(value), self.krylov.norm) < floor
-            self.status = Status.ROUNDING_LIMITED if limited else Status.CONVERGED
-        elif self.krylov.exhausted:
-            self.status = Status.ROUNDING_LIMITED
-        elif self.krylov.full:
-            self.status = Status.BUDGET
-        if self.status is not None:
-            self.krylov.release()
+        if self.krylov.worth_a_look() and self._ended() is not None:
+            self._measure()
+            self.status = self._ended()
+            if self.status is not None:
+                self.krylov.release()
 
-    def bounds(self, delta: float) -> tuple[float, float, float, float]:
-        """Value, lower, upper and floor."""
-        value, upper = float(self.krylov.ritz()[0][-1]), self.krylov.upper(delta)
-        floor = self.krylov.floor() + MARGIN * (self.product_error or 0.0)
-        if self.krylov.exhausted:
-            floor = max(floor, upper - value)
-        return value, value - floor, upper + floor, floor
+    def finish(self) -> None:
+        """Settle for what is known."""
+        if self.status is None:
+            self._measure()
+            self.status = self.run.status(self.bounds, self.krylov.norm, over=True)
 
-    def row(self, run: Run, delta: float, gradient_norm: float, share: float | None) -> Block:
-        value, lower, upper, _ = self.bounds(delta)
-        status = self.status or Status.BUDGET
-        return Block(value, lower, upper, run.confidence, self.name, self.size, status, gradient_norm, share)
+    def row(self, gradient_norm: float, share: float | None) -> Block:
+        """Return the line of the table."""
+        assert self.status is not None
+        value, lower, upper, _ = self.bounds
+        return Block(value, lower, upper, self.run.confidence, self.name, self.size, self.status, gradient_norm, share)
 
-    def _narrow(self, run: Run, delta: float) -> bool:
-        value, lower, upper, floor = self.bounds(delta)
-        return upper - lower <= run.rtol * abs(value) + FLOORS * floor
+    def _ended(self) -> Status | None:
+        krylov = self.krylov
+        return self.run.status(self.bounds, krylov.norm, exhausted=krylov.exhausted, over=krylov.full)
 
-    def _next_image(self, vector: Tensor) -> Tensor:
-        assert self._image is not None
-        return self._image
-
-    def _rounding(self) -> float:
-        """Rounding of this block's products at its Ritz vector, padded with zeros to all parameters."""
-        top = self.krylov.vectors(self.krylov.ritz()[1][:, -1:])[0]
-        padded = torch.zeros(self.f.n, dtype=self.f.dtype, device=self.f.device)
-        slices = list(self.f.layout.slices().values())
-        offset = 0
-        for i in self.indices:
-            padded[slices[i]] = top[offset : offset + self.f.layout.sizes[i]]
-            offset += self.f.layout.sizes[i]
-        return self.f.rounding_error(padded[None])
+    def _measure(self) -> None:
+        """Measure, once, how far this block's products are off at its Ritz vector, padded to all parameters."""
+        if self.product_error is None:
+            top = self.krylov.vectors(self.krylov.ritz()[1][:, -1:])[0]
+            padded = torch.zeros(self.f.n, dtype=self.f.dtype, device=self.f.device)
+            slices = list(self.f.layout.slices().values())
+            parts = torch.split(top, [self.f.layout.sizes[i] for i in self.indices])
+            for i, part in zip(self.indices, parts, strict=True):
+                padded[slices[i]] = part
+            self.product_error = self.f.rounding_error(padded[None])

@@ -55,7 +55,7 @@ def spectral_density(
     known: tuple[Tensor, Tensor] | None = None,
     callback: Callback | None = None,
 ) -> SpectralDensity:
-    """Density of the eigenvalues of ∇²f(x), smoothed by a Gaussian as narrow as ``steps`` nodes resolve.
+    """Estimate the density of the eigenvalues of ∇²f(x), smoothed by a Gaussian as narrow as ``steps`` nodes resolve.
 
     Each random start u gives the Gauss quadrature of its spectral measure: Ritz values θᵢ with weights ⟨e₁,sᵢ⟩². The
     average over starts is the density; more starts are taken until its standard error integrates to ``rtol`` (two at
@@ -75,32 +75,29 @@ def spectral_density(
     run = Run(f, rtol, None, 0.5, budget, callback)
     values, vectors = known if known is not None else (torch.empty(0, dtype=torch.float64), None)
     rules: list[tuple[Tensor, Tensor]] = []
-    status = None
     left = f.n - len(values)
-    while status is None:
+    while True:
         rules.append(_quadrature(f, seed, len(rules), steps, vectors))
         if len(rules) < 2 and left > 1:
+            run.affordable()  # notes what one start costs
             continue
         answer = _combined(rules, values, f, run)
-        stop = callback is not None and callback(answer)
-        if left <= 1 or answer.status.ok:
-            status = Status.CONVERGED
-        elif stop or len(rules) == starts or not run.affordable():
-            status = Status.BUDGET
+        over = run.over(answer) or len(rules) == starts
+        if over or answer.status.ok:
+            break
     run.warn(answer.status, "spectral_density")
     return answer
 
 
 def _quadrature(f: Objective, seed: int, index: int, steps: int, vectors: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Nodes and weights of the spectral measure of one random start."""
+    """Return nodes and weights of the spectral measure of one random start."""
     deflated = vectors.T.contiguous() if vectors is not None else None
     if deflated is not None and len(deflated) == f.n:
         return torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.float64)
-    krylov = Krylov.of(f, seed, f"density/{index}", deflated)
-    while krylov.steps < steps and not krylov.exhausted and not krylov.full:
-        krylov.step()
+    with Krylov.of(f, seed, f"density/{index}", deflated) as krylov:
+        while krylov.steps < steps and not krylov.exhausted and not krylov.full:
+            krylov.step()
     nodes, coefficients = krylov.ritz()
-    krylov.release()
     return nodes, coefficients[0] ** 2
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from types import TracebackType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from torchflat.objective import Objective
 from torchflat.objective.memory import Memory
 from torchflat.spectrum.bounds import polynomial_upper_bound
 
-__all__ = ["Krylov", "random_unit_vector"]
+__all__ = ["MARGIN", "REDUCTION_ULPS", "Bounds", "Krylov", "power_of_two", "random_unit_vector"]
 
 # Rows are reserved once, as much as half the memory budget holds; on the CPU they cost nothing until they are written.
 LARGEST_BASIS = 1024
@@ -26,14 +28,31 @@ MARGIN = 4
 
 
 def random_unit_vector(n: int, seed: int, stream: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A vector uniform on the unit sphere, the same for the same seed on every device.
+    """Draw a vector uniform on the unit sphere, the same for the same seed on every device.
 
     ``stream`` names its purpose, so that two computations with one seed do not share their randomness.
     """
     digest = hashlib.sha256(f"{seed}/{stream}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     vector = torch.randn(n, generator=generator, dtype=torch.float64)
-    return (vector / torch.linalg.vector_norm(vector)).to(device, dtype)
+    vector /= torch.linalg.vector_norm(vector)
+    return vector.to(device, dtype)
+
+
+def power_of_two(amplitude: float) -> float:
+    """Return a power of two near ``amplitude``, as a unit in which squares neither over- nor underflow; 1 for zero."""
+    if amplitude == 0:
+        return 1.0
+    return 2.0 ** min(max(math.frexp(amplitude)[1], -1000), 1000)
+
+
+class Bounds(NamedTuple):
+    """An eigenvalue between two bounds, both moved outwards by the rounding allowance ``floor``."""
+
+    value: float
+    lower: float
+    upper: float
+    floor: float
 
 
 class Krylov:
@@ -45,6 +64,8 @@ class Krylov:
 
     The start is uniform on the unit sphere of that complement, of dimension n − m: what :meth:`upper` rests on.
     Numbers are kept in units of a power of two near ‖H u‖, so that neither tiny nor huge curvature under- or overflows.
+
+    The rows count against the memory budget until :meth:`release`, which leaving a ``with`` block calls.
     """
 
     def __init__(
@@ -68,22 +89,38 @@ class Krylov:
         self.rounding = 0.0
         self.exhausted = False
         self._eigen: tuple[Tensor, Tensor] | None = None
+        self._best: dict[tuple[str, float], float] = {}
         affordable = memory.total // (2 * n * torch.finfo(dtype).bits // 8)
-        capacity = self._fixed + min(self.dimension, LARGEST_BASIS, max(SMALLEST_BASIS, affordable))
-        self._rows = torch.empty(capacity, n, dtype=dtype, device=device)
+        self._capacity = min(self.dimension, LARGEST_BASIS, max(SMALLEST_BASIS, affordable))
+        self._rows = torch.empty(self._fixed + self._capacity, n, dtype=dtype, device=device)
         self._written = 0
         for row in deflated if deflated is not None else ():
             self._write(row)
         start = random_unit_vector(n, seed, stream, torch.float64, device)
-        self._write(start / self._orthogonalise(start)[1])
+        _, norm = self._orthogonalise(start)
+        self._write(start / norm)
 
     @classmethod
     def of(cls, f: Objective, seed: int, stream: str, deflated: Tensor | None = None) -> Krylov:
-        """The process for H = ∇²f(x)."""
+        """Make the process for H = ∇²f(x)."""
         return cls(
             lambda row: f.products(row[None])[0],
-            f.n, seed=seed, stream=stream, dtype=f.dtype, device=f.device, memory=f.memory, deflated=deflated,
-        )  # fmt: skip
+            f.n,
+            seed=seed,
+            stream=stream,
+            dtype=f.dtype,
+            device=f.device,
+            memory=f.memory,
+            deflated=deflated,
+        )
+
+    def __enter__(self) -> Krylov:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
 
     @property
     def steps(self) -> int:
@@ -98,7 +135,7 @@ class Krylov:
     @property
     def full(self) -> bool:
         """Whether the memory budget has no room for another step."""
-        return self._fixed + self.steps == self._rows.shape[0] and not self.exhausted
+        return self.steps == self._capacity and not self.exhausted
 
     @property
     def basis(self) -> Tensor:
@@ -116,10 +153,10 @@ class Krylov:
         return self.scale * max(map(abs, self._ritz_values()), default=0.0)
 
     def step(self) -> None:
-        """One product, one more row of the basis and of T."""
+        """Take one product, and with it one more row of T; not to be called once the space is exhausted or full."""
         residual = self._product(self.latest).double()
         if not self.alphas:
-            self.scale = _power_of_two(float(residual.abs().max()))
+            self.scale = power_of_two(float(residual.abs().max()))
         residual /= self.scale
         coefficients, norm = self._orthogonalise(residual)
         self._measure_rounding(coefficients[self._fixed : -1])
@@ -138,7 +175,7 @@ class Krylov:
         return self.exhausted or self.full or self.steps % max(1, self.steps // 32) == 0
 
     def ritz(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues of T ascending, in the units of H, and eigenvectors as columns (float64, on the CPU)."""
+        """Return T's eigenvalues, ascending, in units of H, and its eigenvectors as columns (float64, on the CPU)."""
         if self._eigen is None:
             t = torch.diag(torch.tensor(self.alphas, dtype=torch.float64))
             off = torch.tensor(self.betas[:-1], dtype=torch.float64)
@@ -147,30 +184,60 @@ class Krylov:
         return values * self.scale, vectors
 
     def vectors(self, coefficients: Tensor) -> Tensor:
-        """Rows Σ cᵢ vᵢ for the columns c of ``coefficients`` (k, m): a (m, n) tensor of unit rows."""
+        """Return the rows Σ cᵢ vᵢ for the columns c of ``coefficients`` (k, m): a (m, n) tensor of unit rows."""
         rows = coefficients.T.to(self.device, self.dtype) @ self.basis
-        return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64).to(self.dtype)
+        norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
+        return torch.div(rows, norms.to(self.dtype))
 
     def residuals(self) -> Tensor:
         """‖H y − θ y‖ for every Ritz pair, ascending in θ: βₖ times the last components."""
         return self.scale * self.betas[-1] * self.ritz()[1][-1].abs()
 
     def upper(self, delta: float) -> float:
-        """Bound on the largest eigenvalue of P H P, which holds with probability at least 1 − δ (T090), less rounding."""
-        return self.scale * self._bound(self._ritz_values(), delta)
+        """Bound the largest eigenvalue of P H P from above, with probability at least 1 − δ (T090), less rounding.
+
+        The bound can grow from one step to the next. As all of them rest on one event, the smallest that was asked for
+        so far is returned.
+        """
+        return self.scale * self._bound("upper", self._ritz_values(), delta)
 
     def lower(self, delta: float) -> float:
-        """The same for the smallest eigenvalue."""
-        return -self.scale * self._bound([-value for value in self._ritz_values()], delta)
+        """Bound the smallest eigenvalue of P H P from below in the same way."""
+        return -self.scale * self._bound("lower", [-value for value in self._ritz_values()], delta)
 
     def floor(self) -> float:
-        """Rounding allowance from what this run measured: T's off-diagonal noise, and ε·‖T‖ for the reductions."""
+        """Return the rounding allowance that this run measured: T's off-diagonal noise, and ε·‖T‖ for reductions."""
         return MARGIN * self.scale * self.rounding + REDUCTION_ULPS * torch.finfo(self.dtype).eps * self.norm
 
-    def _bound(self, ritz: list[float], delta: float) -> float:
+    def top(self, delta: float, product_error: float) -> Bounds:
+        """Bound the largest eigenvalue of P H P from both sides, rounding included.
+
+        ``product_error`` is how far products are off (:meth:`Objective.rounding_error`), which the run cannot see.
+        """
+        value, upper = float(self.ritz()[0][-1]), self.upper(delta)
+        floor = self.floor() + MARGIN * product_error
+        if self.exhausted:
+            # No further step can tell an eigenvalue that the bound leaves open from rounding.
+            floor = max(floor, upper - value)
+        return Bounds(value, value - floor, upper + floor, floor)
+
+    def release(self) -> None:
+        """Give the basis back to the memory budget. T, and all that rests on it, stays."""
+        self._memory.vectors -= self._written * self._row_bytes
+        self._rows, self._written = self._rows[:0], 0
+
+    @property
+    def _row_bytes(self) -> int:
+        return self.n * self._rows.element_size()
+
+    def _bound(self, end: str, ritz: list[float], delta: float) -> float:
         complete = self.steps == self.dimension or 0.0 in self.betas
         log_couplings = -math.inf if complete else sum(map(math.log, self.betas))
-        return polynomial_upper_bound(ritz, log_couplings, self.dimension, delta)
+        latest = polynomial_upper_bound(ritz, log_couplings, self.dimension, delta)
+        best = self._best[end, delta] = min(latest, self._best.get((end, delta), math.inf))
+        # Clearly below a Ritz value, it shows that in this run, one of a share δ of all, the event has failed.
+        refuted = self.scale * best < self.scale * max(ritz) - self.floor()
+        return latest if refuted else max(best, max(ritz))
 
     def _ritz_values(self) -> list[float]:
         return (self.ritz()[0] / self.scale).tolist() if self.alphas else []
@@ -190,15 +257,4 @@ class Krylov:
     def _write(self, row: Tensor) -> None:
         self._rows[self._written] = row
         self._written += 1
-        self._memory.vectors += self._rows[0].nbytes
-
-    def release(self) -> None:
-        """Give the basis back to the memory budget. T, and all that rests on it, stays."""
-        self._memory.vectors -= self._written * self._rows[0].nbytes
-        self._rows, self._written = self._rows[:0], 0
-
-
-def _power_of_two(amplitude: float) -> float:
-    if amplitude == 0:
-        return 1.0
-    return 2.0 ** min(max(math.frexp(amplitude)[1], -1000), 1000)
+        self._memory.vectors += self._row_bytes

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from torchflat.errors import UsageError
 from torchflat.objective import Objective
 from torchflat.result import Cost, Status
 
-__all__ = ["Callback", "NotConvergedWarning", "Run", "check_request"]
+__all__ = ["FLOORS", "Callback", "NotConvergedWarning", "Run", "check_request"]
 
 Callback = Callable[[Any], object]
 
@@ -23,10 +23,25 @@ class NotConvergedWarning(UserWarning):
     """An answer is less than was asked for; its status says why."""
 
 
-def check_request(rtol: float, confidence: float, budget: float) -> None:
+class Bounded(Protocol):
+    """A number between two bounds, with the rounding allowance that they contain."""
+
+    @property
+    def value(self) -> float: ...
+    @property
+    def lower(self) -> float: ...
+    @property
+    def upper(self) -> float: ...
+    @property
+    def floor(self) -> float: ...
+
+
+def check_request(rtol: float, confidence: float, budget: float, atol: float | None = None) -> None:
     """Refuse requests that cannot be met by any answer."""
     if not 0 <= rtol < math.inf:
         raise UsageError(f"rtol={rtol}: it must be a number >= 0")
+    if atol is not None and not 0 <= atol < math.inf:
+        raise UsageError(f"atol={atol}: it must be a number >= 0, or None for what rounding allows")
     if not 0 < confidence < 1:
         raise UsageError(f"confidence={confidence}: it must lie between 0 and 1, both excluded")
     if not budget > 0:
@@ -60,20 +75,31 @@ class Run:
         """Spent since the run began."""
         return self.f.cost - self._before
 
-    def narrow_enough(self, answer: Any, size: float | None = None) -> bool:
-        """upper − lower ≤ rtol·size + atol, with size = |value| unless given."""
-        atol = FLOORS * answer.floor if self.atol is None else self.atol
-        reference = abs(answer.value) if size is None else size
-        return bool(answer.upper - answer.lower <= self.rtol * reference + atol)
+    def tolerance(self, size: float, floor: float) -> float:
+        """Return how wide an interval may be: rtol·size + atol, where atol is 16 floors unless given."""
+        return self.rtol * size + (FLOORS * floor if self.atol is None else self.atol)
 
-    def status(self, answer: Any, size: float, *, exhausted: bool = False, full: bool = False) -> Status | None:
-        """How the run ends here, or None if it goes on. ``size`` is the scale of the spectrum, max |θ|."""
-        stop = self.callback is not None and self.callback(answer)
+    def narrow_enough(self, answer: Bounded) -> bool:
+        """Whether upper − lower ≤ rtol·|value| + atol."""
+        return answer.upper - answer.lower <= self.tolerance(abs(answer.value), answer.floor)
+
+    def over(self, progress: object) -> bool:
+        """Whether to stop after this step: the callback asks for it, or another step is not affordable."""
+        stop = self.callback is not None and bool(self.callback(progress))
+        return not self.affordable() or stop
+
+    def status(self, answer: Bounded, size: float, *, exhausted: bool = False, over: bool = False) -> Status | None:
+        """Say how the run ends here, or None if it goes on. ``size`` is the scale of the spectrum, max |θ|."""
         if self.narrow_enough(answer):
-            return Status.ROUNDING_LIMITED if self.rtol * size < answer.floor else Status.CONVERGED
+            return self.settled(size, answer.floor)
         if exhausted:
             return Status.ROUNDING_LIMITED
-        return Status.BUDGET if stop or full or not self.affordable() else None
+        return Status.BUDGET if over else None
+
+    def settled(self, size: float, floor: float) -> Status:
+        """Return the status of a narrow interval, which tells whether it met rtol or only the floor."""
+        limited = self.atol is None and self.rtol * size < floor
+        return Status.ROUNDING_LIMITED if limited else Status.CONVERGED
 
     def affordable(self) -> bool:
         """Whether another step like the last one fits into the budget."""

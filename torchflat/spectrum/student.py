@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 __all__ = ["t_quantile"]
 
 
+@functools.lru_cache(maxsize=4096)
 def t_quantile(confidence: float, freedom: int) -> float:
-    """t with P(|T| ≤ t) = ``confidence`` for Student's T with ``freedom`` ≥ 1 degrees of freedom.
+    """Return t with P(|T| ≤ t) = ``confidence`` for Student's T with ``freedom`` ≥ 1 degrees of freedom.
 
     >>> round(t_quantile(0.95, 1), 3), round(t_quantile(0.99, 10), 3), round(t_quantile(0.99, 1000), 3)
     (12.706, 3.169, 2.581)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +11,10 @@ import torch
 from torch import Tensor
 
 from torchflat import ops
+from torchflat.errors import UsageError
 from torchflat.objective import Objective
 from torchflat.result import Cost, Interval, Status
-from torchflat.spectrum.krylov import MARGIN, random_unit_vector
+from torchflat.spectrum.krylov import MARGIN, REDUCTION_ULPS, power_of_two, random_unit_vector
 from torchflat.spectrum.run import Callback, Run, check_request
 from torchflat.spectrum.student import t_quantile
 
@@ -24,6 +24,10 @@ SKETCH = 16
 PILOT = 16
 # Where the probes wanted are more than there are parameters, one product for each of these gives the trace exactly.
 LARGEST_EXACT = 1024
+# Probes whose rounding is measured.
+MEASURED = 2
+# What a product costs at most, in gradients.
+DEAREST = 3
 
 
 @dataclass(frozen=True)
@@ -48,14 +52,28 @@ def trace(
     basis: Tensor | None = None,
     callback: Callback | None = None,
 ) -> Trace:
-    """tr ∇²f(x) = tr QᵀHQ + tr (I−QQᵀ)H(I−QQᵀ): the first exactly, the second from random probes (Hutch++).
+    """Estimate tr ∇²f(x) = tr QᵀHQ + tr (I−QQᵀ)H(I−QQᵀ): the first exactly, the second from random probes (Hutch++).
 
-    Q (n, m) spans where H is large: the image of a few random vectors, and of ``basis`` (orthonormal columns, such as
-    eigenvectors) if there is one. Probes g are uniform on the sphere of the complement, each giving (n−m)·gᵀHg. A pilot
-    of 16 tells how many are needed (Stein's two stages), so that the t-interval with the pilot's variance holds although the
-    number of probes depends on the data. If n is no larger than that, the trace is exact.
+    Q (n, m) spans where H is large: the image of a few random vectors, and ``basis`` (orthonormal columns, such as
+    eigenvectors) if there is one. Probes g are uniform on the sphere of the complement, each giving (n−m)·gᵀHg, and as
+    many are taken as make the interval narrow. It is Student's, with the spread of a pilot of 16 (Stein's two stages:
+    so it holds although the number of probes depends on the data) or of all probes if that is wider. Where more are
+    needed than there are parameters, a product for each gives the trace exactly.
 
-    CONVERGED means that the interval is at most rtol·|value| + atol wide.
+    CONVERGED means that the interval is at most rtol·|value| + 16·floor wide. The coverage is that of a t-interval: as
+    stated where many eigenvalues share in what is probed, somewhat less where two or three make up most of it.
+
+    Args:
+        f: the objective, at its point.
+        rtol: how narrow, relative to the value.
+        confidence: probability, over the probes, that the interval holds.
+        seed: of the probes.
+        budget: in full-data gradients. The sketch is left out where it does not leave room for a pilot.
+        basis: orthonormal columns (n, m), independent of the probes.
+        callback: called with the share of the probes taken, estimated; a true return value stops the run.
+
+    Raises:
+        UsageError: an argument is out of range.
 
     Source: Meyer, Musco, Musco, Woodruff, *Hutch++: Optimal Stochastic Trace Estimation* (2021).
 
@@ -64,68 +82,90 @@ def trace(
     10.0
     """
     check_request(rtol, confidence, budget)
+    if basis is not None and (basis.ndim != 2 or basis.shape[0] != f.n):
+        raise UsageError(f"basis must have shape ({f.n}, m), not {tuple(basis.shape)}")
     run = Run(f, rtol, None, confidence, budget, callback)
     if f.n <= SKETCH + PILOT:
         rows = torch.eye(f.n, dtype=f.dtype, device=f.device)
     else:
-        streams = [f"trace/sketch/{i}" for i in range(SKETCH)]
-        sketch = torch.stack([random_unit_vector(f.n, seed, stream, f.dtype, f.device) for stream in streams])
-        if basis is not None:
-            sketch = torch.cat([sketch - (sketch @ basis) @ basis.T, basis.T])
-        rows = _range(f.products(sketch))
-    answer = _sampled(f, run, seed, rows)
+        known = torch.empty(0, f.n) if basis is None else basis.T
+        rows = known.to(f.device, f.dtype).contiguous()
+        if budget >= DEAREST * (2 * SKETCH + PILOT + len(rows)):
+            sketch = torch.stack([_probe(f, seed, f"trace/sketch/{i}", rows) for i in range(SKETCH)])
+            rows = torch.cat([rows, _range(f.products(sketch), rows)])
+    answer = _estimate(f, run, seed, rows)
     run.warn(answer.status, "trace")
     return answer
 
 
-def _sampled(f: Objective, run: Run, seed: int, basis: Tensor) -> Trace:
-    """The part on the span of the rows of ``basis``, exact, and the part on their complement, sampled."""
+def _estimate(f: Objective, run: Run, seed: int, basis: Tensor) -> Trace:
+    """Take the part on the span of the rows of ``basis`` exactly, and probe their complement."""
     images = f.products(basis) if len(basis) else basis
     known = float(ops.dot([basis], [images]))
-    size = float(torch.linalg.vector_norm(images.double(), dim=1).sum())
+    # The size of what is summed, which may cancel; without squares, so that nothing under- or overflows.
+    size = float((images.abs().amax(1) if len(basis) else images.new_zeros(1)).double().sum())
     left = f.n - len(basis)
-    wanted = PILOT if left else 0
     samples: list[float] = []
-    spread = reach = floor = 0.0
-    status = None
-    while len(samples) < wanted and status is None:
-        probe = _probe(f, seed, len(samples), basis)
+    product_error = 0.0
+
+    def answer(status: Status) -> Trace:
+        count = len(samples)
+        value = known + (math.fsum(samples) / count if samples else 0.0)
+        floor = MARGIN * product_error + REDUCTION_ULPS * torch.finfo(f.dtype).eps * max(size, abs(value))
+        error, half = _student(samples, run.confidence) if left else (0.0, 0.0)
+        half += floor
+        return Trace(
+            value, value - half, value + half, run.confidence, error, count, status, floor, run.cost, f.provenance()
+        )
+
+    if not left:
+        return answer(run.status(answer(Status.BUDGET), size, over=True) or Status.BUDGET)
+    wanted, before = PILOT, run.cost.gradients
+    while True:
+        probe = _probe(f, seed, f"trace/probe/{len(samples)}", basis)
         samples.append(left * float(ops.dot([probe], [f.products(probe[None])[0]])))
-        if len(samples) == 1:
-            floor = MARGIN * left * f.rounding_error(probe[None], quadratic=True)
+        if len(samples) <= MEASURED:
+            product_error = max(product_error, left * f.rounding_error(probe[None], quadratic=True))
+        current = answer(Status.BUDGET)
         if len(samples) == PILOT:
-            spread = statistics.stdev(samples)
-            reach = t_quantile(run.confidence, PILOT - 1) * spread
-            goal = 0.5 * run.rtol * abs(known + sum(samples) / PILOT) + floor
-            wanted = max(PILOT, math.ceil((reach / goal) ** 2)) if reach > 0 else PILOT
-            if wanted >= f.n <= LARGEST_EXACT:
-                identity = torch.eye(f.n, dtype=f.dtype, device=f.device)
-                return _sampled(f, run, seed, identity)
-        if len(samples) < wanted:
-            stop = run.callback is not None and run.callback(len(samples) / wanted)
-            status = Status.BUDGET if stop or not run.affordable() else None
-    value = known + (sum(samples) / len(samples) if samples else 0.0)
-    floor += 8 * torch.finfo(f.dtype).eps * (size + abs(value))
-    unknown = len(samples) < PILOT and left > 0
-    error, half = (math.inf, math.inf) if unknown else (x / math.sqrt(max(1, len(samples))) for x in (spread, reach))
-    half += floor
-    if status is None:
-        status = Status.CONVERGED if run.rtol * abs(value) >= floor or abs(value) <= floor else Status.ROUNDING_LIMITED
-    return Trace(
-        value, value - half, value + half, run.confidence, error, len(samples), status, floor, run.cost, f.provenance()
-    )
+            goal = 0.5 * run.tolerance(abs(current.value), current.floor) - current.floor
+            ratio = (0.5 * current.width - current.floor) / goal if goal > 0 else math.inf
+            wanted = math.ceil(PILOT * min(max(1.0, ratio**2), LARGEST_EXACT))
+            each = (run.cost.gradients - before) / PILOT
+            if wanted >= f.n <= LARGEST_EXACT and run.cost.gradients + f.n * each <= run.budget:
+                return _estimate(f, run, seed, torch.eye(f.n, dtype=f.dtype, device=f.device))
+        over = run.over(min(1.0, len(samples) / wanted))
+        status = run.status(current, max(size, abs(current.value)), over=over)
+        if status is not None:
+            return answer(status)
 
 
-def _probe(f: Objective, seed: int, index: int, basis: Tensor) -> Tensor:
-    """A vector uniform on the unit sphere of the complement of the rows of ``basis``."""
-    probe = random_unit_vector(f.n, seed, f"trace/probe/{index}", torch.float64, f.device)
-    norm = ops.orthogonalize_(basis, probe)[1]
+def _student(samples: list[float], confidence: float) -> tuple[float, float]:
+    """Return the standard error of the mean, and how far the mean may be off; infinite before the pilot is complete."""
+    if len(samples) < PILOT:
+        return math.inf, math.inf
+    unit = power_of_two(max(map(abs, samples)))
+    values = torch.tensor(samples, dtype=torch.float64) / unit
+    pilot, spread = (unit * float(part.std()) for part in (values[:PILOT], values))
+    root, freedom = math.sqrt(len(samples)), len(samples) - 1
+    half = max(t_quantile(confidence, PILOT - 1) * pilot, t_quantile(confidence, freedom) * spread)
+    return spread / root, half / root
+
+
+def _probe(f: Objective, seed: int, stream: str, basis: Tensor) -> Tensor:
+    """Draw a vector uniform on the unit sphere of the complement of the rows of ``basis``."""
+    probe = random_unit_vector(f.n, seed, stream, torch.float64, f.device)
+    _, norm = ops.orthogonalize_(basis, probe)
     return (probe / norm).to(f.dtype)
 
 
-def _range(images: Tensor) -> Tensor:
-    """Orthonormal rows that span the rows of ``images``; none where these vanish."""
-    if not images.any():
-        return images[:0]
-    _, values, right = torch.linalg.svd(images.double() / images.abs().max(), full_matrices=False)
-    return right[values > values[0] * torch.finfo(images.dtype).eps].to(images.dtype).contiguous()
+def _range(images: Tensor, basis: Tensor) -> Tensor:
+    """Return orthonormal rows that span those of ``images`` beyond ``basis``; none where they vanish."""
+    rows = images.double() / (images.abs().amax() or 1.0)
+    for row in rows:
+        ops.orthogonalize_(basis, row)
+    right: Tensor
+    _, values, right = torch.linalg.svd(rows, full_matrices=False)
+    # What rounding left of images within the basis has no direction of its own.
+    kept = values > 1e3 * torch.finfo(images.dtype).eps
+    return right[kept].to(images.dtype).contiguous()
