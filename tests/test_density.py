@@ -102,12 +102,27 @@ def test_all_eigenvalues_known() -> None:
     assert np.allclose(answer.density, smoothed(answer, item.eigenvalues), atol=1e-6 * max(answer.density))
 
 
+@pytest.mark.parametrize("n", [30, 300])
 @pytest.mark.parametrize("value", [0.0, 3.0, -1e-150])
-def test_single_eigenvalue(value: float) -> None:
-    answer = spectral_density(diagonal(np.full(30, value)))
+def test_single_eigenvalue(value: float, n: int) -> None:
+    answer = spectral_density(diagonal(np.full(n, value)))
     assert answer.status is Status.CONVERGED
     assert answer.grid[int(np.argmax(answer.density))] == pytest.approx(value, abs=answer.width / 4)
     assert moment(answer, 0)[0] == pytest.approx(1, abs=1e-3)
+
+
+def test_few_eigenvalues_are_all_computed() -> None:
+    item = problem(5, "indefinite", 60)
+    pairs = eigenpairs(item.objective, 2)
+    for known in (None, (pairs.values, pairs.vectors)):
+        answer = spectral_density(item.objective, known=known)
+        assert answer.status is Status.CONVERGED
+        assert (answer.starts, answer.cost.products, set(answer.standard_error)) == (0, 60, {0.0})
+        assert answer.exact == pytest.approx(item.eigenvalues, abs=1e-12)
+        assert np.allclose(answer.density, smoothed(answer, item.eigenvalues))
+    # Not where it would not fit into the budget.
+    with pytest.warns(NotConvergedWarning, match="BUDGET"):
+        assert spectral_density(item.objective, budget=150).exact == ()
 
 
 def test_one_parameter() -> None:
@@ -118,12 +133,14 @@ def test_one_parameter() -> None:
 
 @quiet
 @pytest.mark.parametrize("name", NETWORKS)
-def test_networks_against_their_dense_hessian(name: str) -> None:
+@pytest.mark.parametrize("steps", [6, 64])
+def test_networks_against_their_dense_hessian(name: str, steps: int) -> None:
     network, hessian = dense_network(name)
     values = torch.linalg.eigvalsh(hessian).numpy()
     f = network.objective()
     own = held(f)
-    answer = spectral_density(f, rtol=1e-9, starts=4, budget=1e4)
+    answer = spectral_density(f, rtol=1e-9, starts=4, steps=steps, budget=1e4)
+    assert bool(answer.exact) == (f.n <= 4 * steps)
     grid = np.array(answer.grid)
     distance = np.trapezoid(abs(np.array(answer.density) - smoothed(answer, values)), grid)
     # Float32 splits an eigenvalue no wider than rounding, far below the kernel.
@@ -151,18 +168,18 @@ def test_status_and_budget() -> None:
 
 
 def test_same_seed_same_answer() -> None:
-    f = diagonal(np.linspace(-1, 1, 100))
+    f = diagonal(np.linspace(-1, 1, 300))
     first, second, other = (spectral_density(f, 0.5, seed=seed).density for seed in (0, 0, 1))
     assert first == second != other
 
 
 def test_interruption_gives_the_memory_back() -> None:
-    matrix, calls = torch.eye(40, dtype=torch.float64), []
+    matrix, calls = torch.eye(300, dtype=torch.float64), []
 
     def fn(x: torch.Tensor) -> torch.Tensor:
         return x @ matrix @ x / 2 + (x**4).sum()
 
-    f = Objective.from_function(fn, torch.linspace(0, 1, 40, dtype=torch.float64))
+    f = Objective.from_function(fn, torch.linspace(0, 1, 300, dtype=torch.float64))
     own = held(f)
 
     def interrupt(answer: SpectralDensity) -> None:

@@ -615,7 +615,11 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "scripted model": (lambda: Objective(_traced(), MSE, (X, Y)), UsageError, "ScriptModule.*nn.Module"),
     # Here torch drops a term without a word.
-    "once differentiable": (lambda: Objective(_Through(_Once.apply), MSE, (X, Y)), LossError, "second derivative .* wrong"),
+    "once differentiable": (
+        lambda: Objective(_Through(_Once.apply), MSE, (X, Y)),
+        LossError,
+        "second derivative .* wrong",
+    ),
     "no double backward": (
         lambda: Objective(_Through(_reduced), MSE, (X, Y)),
         LossError,

@@ -348,7 +348,7 @@ def drop(path: str) -> Callable[[dict[str, Any]], None]:
         (drop("schema_version"), "schema_version None"),
         (put("status", "done"), "done"),
         (drop("provenance"), "provenance"),
-        (drop("sharpness"), "sharpness"),  # a complete report has it
+        (drop("point"), "point"),  # a complete report has it
         (put("sharpness.value", "3.4"), "sharpness.value"),
         (put("sharpness.value", True), "sharpness.value"),
         (put("sharpness.upper", float("inf")), "null"),

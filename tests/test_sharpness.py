@@ -154,7 +154,8 @@ def test_tolerance_below_the_floor_is_called_rounding_limited(dtype: torch.dtype
         answer = sharpness(f, rtol=0)
     assert len(record) == 1
     assert answer.status is Status.ROUNDING_LIMITED
-    assert 2 * answer.floor * (1 - 1e-9) <= answer.width <= 16 * answer.floor
+    # The ends are rounded to the precision of Python's floats, which is not small beside a floor in float64.
+    assert 2 * answer.floor - 4e-16 <= answer.width <= 16 * answer.floor
     assert answer.lower <= 1 <= answer.upper
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from torchflat import ops
 from torchflat.errors import DataError, LossError, NonFiniteError
 from torchflat.objective.batches import Batches, row_count, rows_of, slice_rows
 from torchflat.objective.evaluation import Term, first_line, out_of_memory
@@ -155,6 +156,62 @@ class Graphs:
             work(self._kept[index], index)
         self._count = index + 1
 
+    def mean_value(self) -> float:
+        """Σ loss / Σ weight over all micro-batches."""
+        total = weights = 0.0
+        with torch.no_grad():
+            for index, batch in enumerate(self.microbatches()):
+                value, weight = self.evaluate(batch, index)
+                total, weights = total + float(value), weights + weight
+        return total / _positive(weights)
+
+    def mean_gradient(self) -> tuple[float, Tensor]:
+        """Return the mean value and its gradient, (n,) in float64."""
+        tensors = self.parameters
+        sums = torch.zeros(sum(tensor.numel() for tensor in tensors), dtype=torch.float64, device=self.term.device)
+        parts = [p.view_as(t) for p, t in zip(sums.split([t.numel() for t in tensors]), tensors, strict=True)]
+        total = weights = 0.0
+        for index, batch in enumerate(self.microbatches()):
+            value, weight, gradients = self.differentiate(batch, index, create_graph=False)
+            ops.axpy_(parts, list(gradients), 1.0)
+            self._refuse_non_finite(f"the gradient of micro-batch {index}", range(len(parts)), gradients)
+            total, weights = total + float(value), weights + weight
+        sums /= _positive(weights)
+        return total / weights, sums
+
+    def add_products(self, jobs: Sequence[tuple[Sequence[int], Sequence[Tensor], Sequence[Tensor]]]) -> float:
+        """For each (tensors, vector, sums) add the product over all micro-batches to ``sums``; return Σ weight."""
+        weights = []
+
+        def work(graph: Graph, index: int) -> None:
+            for tensors, vector, sums in jobs:
+                ops.axpy_(sums, graph.product(vector, tensors), 1.0)
+                self.ledger.charge(products=graph.rows)
+            weights.append(graph.weight)
+
+        self.for_each(work)
+        return _positive(sum(weights))
+
+    def non_finite_product(self, jobs: Sequence[tuple[Sequence[int], Sequence[Tensor]]]) -> NonFiniteError:
+        """Find the micro-batch and the tensors where the product of a (tensors, vector) went wrong."""
+
+        def look(graph: Graph, index: int) -> None:
+            for tensors, vector in jobs:
+                products = graph.product(vector, tensors)
+                self._refuse_non_finite(f"the Hessian product of micro-batch {index}", tensors, products)
+
+        try:
+            self.for_each(look)
+        except NonFiniteError as error:
+            return error
+        return NonFiniteError(f"the Hessian product overflows in {self.term.dtype}: use dtype=torch.float64")
+
+    def _refuse_non_finite(self, what: str, tensors: Sequence[int], values: Sequence[Tensor]) -> None:
+        if not all(torch.isfinite(value).all() for value in values):
+            names = list(self.leaves)
+            named = {names[i]: value for i, value in zip(tensors, values, strict=True)}
+            raise non_finite(f"{what} holds NaN or infinity", named)
+
     def clear(self) -> None:
         """Drop every retained graph."""
         self._kept.clear()
@@ -213,6 +270,12 @@ class Graphs:
         while self._kept and self.memory.graphs > self._room():
             self._kept.popitem()
         return_freed_pages()
+
+
+def _positive(weight: float) -> float:
+    if weight <= 0:
+        raise DataError("the weights of the data sum to zero: no row counts")
+    return weight
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import re
 import sys
 import weakref
@@ -110,17 +109,20 @@ def graph_bytes(roots: Iterable[Node], owned: Iterable[Tensor]) -> int:
     return sum(views.values())
 
 
+# Attributes of each type of node that hold what it has saved; looking for them takes longer than reading them.
+_SAVED_NAMES: dict[type, list[str]] = {}
+
+
 def _saved_tensors(node: Any) -> Iterator[Tensor]:
     if isinstance(node, torch.autograd.function.BackwardCFunction):
         saved = [*node.saved_tensors, *vars(node).values()]
     else:
-        saved = [getattr(node, name) for name in _saved_names(type(node))]
+        kind = type(node)
+        if kind not in _SAVED_NAMES:
+            raw = [name for name in dir(kind) if name.startswith("_raw_saved_")]
+            _SAVED_NAMES[kind] = [name.removeprefix("_raw") for name in raw]
+        saved = [getattr(node, name) for name in _SAVED_NAMES[kind]]
     for value in saved:
         for tensor in value if isinstance(value, tuple | list) else (value,):
             if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
                 yield tensor
-
-
-@functools.cache
-def _saved_names(kind: type) -> list[str]:
-    return [name.removeprefix("_raw") for name in dir(kind) if name.startswith("_raw_saved_")]

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from torchflat import ops
-from torchflat.errors import DataError, LossError, NonFiniteError, UsageError
+from torchflat.errors import LossError, NonFiniteError, UsageError
 from torchflat.objective.accuracy import Accuracy, second_derivative_fault
 from torchflat.objective.batches import Batches, as_batches, rows_of
 from torchflat.objective.evaluation import FunctionTerm, ModelTerm, Term, unwrapped
-from torchflat.objective.graphs import Graph, Graphs, NotDifferentiable, non_finite
+from torchflat.objective.graphs import Graphs, NotDifferentiable
 from torchflat.objective.ledger import Ledger
 from torchflat.objective.memory import Memory, parse_bytes, return_freed_pages
 from torchflat.objective.preflight import preflight
@@ -25,6 +25,8 @@ from torchflat.result import Cost
 
 __all__ = ["Objective"]
 
+# Rows that go through a model in float64 at once.
+EXACT_ROWS = 64
 # What autograd says of kernels that have a plain form which it can differentiate twice.
 FUSED_KERNEL_SIGNS = ("is not implemented", "cudnn")
 
@@ -198,13 +200,13 @@ class Objective:
     def value(self) -> float:
         """f(x), accumulated in float64."""
         if self._value is None:
-            self._value = self._attempt(self._sum_values) + self._decay_value()
+            self._value = self._attempt(self._graphs.mean_value) + self._decay_value()
         return self._value
 
     def gradient(self) -> Tensor:
         """∇f(x), shape (n,). Costs one gradient the first time, and gives the value for nothing."""
         if self._gradient is None:
-            value, mean = self._attempt(self._sum_gradients)
+            value, mean = self._attempt(self._graphs.mean_gradient)
             mean.add_(self._x, alpha=self.weight_decay)
             gradient = mean.to(self.dtype)
             if not torch.isfinite(gradient).all():
@@ -229,14 +231,14 @@ class Objective:
         def work() -> Tensor:
             sums = torch.zeros(vectors.shape, dtype=torch.float64, device=self.device)
             jobs = [(everything, v, self.layout.split(row)) for v, row in zip(inputs, sums, strict=True)]
-            sums /= self._sum_products(jobs)
+            sums /= self._graphs.add_products(jobs)
             return sums.add_(vectors, alpha=self.weight_decay).to(self.dtype)
 
         # One vector's share is part of the workspace already.
         with self.memory.vectors_held((vectors.shape[0] - 1) * self.n * 16):
             products = self._attempt(work)
         if not torch.isfinite(products).all():
-            raise self._non_finite_product([(everything, vector) for vector in inputs])
+            raise self._attempt(lambda: self._graphs.non_finite_product([(everything, v) for v in inputs]))
         return products
 
     def block_products(self, vectors: dict[tuple[int, ...], Tensor]) -> dict[tuple[int, ...], Tensor]:
@@ -252,7 +254,7 @@ class Objective:
 
         def work() -> dict[tuple[int, ...], Tensor]:
             sums = {block: torch.zeros_like(v, dtype=torch.float64) for block, v in vectors.items()}
-            weight = self._sum_products([(block, v, layouts[block].split(sums[block])) for block, v in inputs])
+            weight = self._graphs.add_products([(block, v, layouts[block].split(sums[block])) for block, v in inputs])
             return {
                 block: (total / weight).add_(vectors[block], alpha=self.weight_decay).to(self.dtype)
                 for block, total in sums.items()
@@ -260,7 +262,7 @@ class Objective:
 
         products = self._attempt(work)
         if not all(torch.isfinite(product).all() for product in products.values()):
-            raise self._non_finite_product(inputs)
+            raise self._attempt(lambda: self._graphs.non_finite_product(inputs))
         return products
 
     # What comes from it ----------------------------------------------------------------------------------------------
@@ -304,9 +306,9 @@ class Objective:
 
     def in_float64(self) -> Objective:
         """Compute the same function at the same point in float64."""
-        # Half the rows at once, because each takes twice the memory.
+        # Few rows at once: float64 vectors stand beside all that the budget was spent on.
         self._prepare()
-        rows = None if self._graphs.microbatch is None else max(1, self._graphs.microbatch // 2)
+        rows = None if self._graphs.microbatch is None else min(EXACT_ROWS, self._graphs.microbatch)
         return self._derived(self._term.converted(torch.float64), self._batches, self._x.double(), rows)
 
     def note(self, text: str) -> None:
@@ -373,66 +375,8 @@ class Objective:
         with self._session():
             return work()
 
-    def _sum_values(self) -> float:
-        total = weight = 0.0
-        with torch.no_grad():
-            for index, batch in enumerate(self._graphs.microbatches()):
-                part, part_weight = self._graphs.evaluate(batch, index)
-                total, weight = total + float(part), weight + part_weight
-        return total / _positive(weight)
-
-    def _sum_gradients(self) -> tuple[float, Tensor]:
-        sums = torch.zeros(self.n, dtype=torch.float64, device=self.device)
-        parts = self.layout.split(sums)
-        total = weight = 0.0
-        for index, batch in enumerate(self._graphs.microbatches()):
-            value, part_weight, gradients = self._graphs.differentiate(batch, index, create_graph=False)
-            ops.axpy_(parts, list(gradients), 1.0)
-            self._refuse_non_finite(f"the gradient of micro-batch {index}", range(len(parts)), gradients)
-            total, weight = total + float(value), weight + part_weight
-        sums /= _positive(weight)
-        return total / weight, sums
-
-    def _sum_products(self, jobs: Sequence[tuple[Sequence[int], Sequence[Tensor], Sequence[Tensor]]]) -> float:
-        """For each (tensors, vector, sums) add to ``sums`` the product over all data; return the weight."""
-        weights = []
-
-        def work(graph: Graph, index: int) -> None:
-            for tensors, vector, sums in jobs:
-                ops.axpy_(sums, graph.product(vector, tensors), 1.0)
-                self._ledger.charge(products=graph.rows)
-            weights.append(graph.weight)
-
-        self._graphs.for_each(work)
-        return _positive(sum(weights))
-
-    def _non_finite_product(self, jobs: Sequence[tuple[Sequence[int], Sequence[Tensor]]]) -> NonFiniteError:
-        """Find the micro-batch and the tensors where a product went wrong."""
-
-        def look(graph: Graph, index: int) -> None:
-            for tensors, vector in jobs:
-                products = graph.product(vector, tensors)
-                self._refuse_non_finite(f"the Hessian product of micro-batch {index}", tensors, products)
-
-        try:
-            self._attempt(lambda: self._graphs.for_each(look))
-        except NonFiniteError as error:
-            return error
-        return NonFiniteError(f"the Hessian product overflows in {self.dtype}: use dtype=torch.float64")
-
-    def _refuse_non_finite(self, what: str, tensors: Sequence[int], values: Sequence[Tensor]) -> None:
-        if not all(torch.isfinite(value).all() for value in values):
-            named = {self.layout.names[i]: value for i, value in zip(tensors, values, strict=True)}
-            raise non_finite(f"{what} holds NaN or infinity", named)
-
     def _decay_value(self) -> float:
         return 0.5 * self.weight_decay * float(ops.dot([self._x], [self._x]))
-
-
-def _positive(weight: float) -> float:
-    if weight <= 0:
-        raise DataError("the weights of the data sum to zero: no row counts")
-    return weight
 
 
 def _check_finite(vectors: Tensor) -> None:

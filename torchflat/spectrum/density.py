@@ -13,8 +13,8 @@ from torch import Tensor
 from torchflat.errors import UsageError
 from torchflat.objective import Objective
 from torchflat.result import Answer, Cost, Status
-from torchflat.spectrum.krylov import Krylov
-from torchflat.spectrum.run import Callback, Run, check_request
+from torchflat.spectrum.krylov import Krylov, power_of_two
+from torchflat.spectrum.run import DEAREST, Callback, Run, check_request
 
 __all__ = ["SpectralDensity", "spectral_density"]
 
@@ -22,6 +22,10 @@ GRID = 512
 # A Gauss quadrature with m nodes resolves about 1/m of the range; a narrower kernel would show its nodes, not H.
 RESOLVED = 1.5
 NARROWEST = 1 / 200
+# Up to this many parameters, one product for each gives every eigenvalue, for less than two starts would cost.
+DENSE = 64
+# More eigenvalues than this are never computed one by one.
+LARGEST_EXACT = 256
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ def spectral_density(
     Each random start u gives the Gauss quadrature of its spectral measure: Ritz values θᵢ with weights ⟨e₁,sᵢ⟩². The
     average over starts is the density; more starts are taken until its standard error integrates to ``rtol`` (two at
     least, ``starts`` at most). ``known`` = (values (m,), orthonormal vectors (n, m)) enters exactly, and starts are
-    then drawn from the complement: outliers do not blur the bulk.
+    then drawn from the complement: outliers do not blur the bulk. Where there are so few parameters that all starts
+    would take more products than there are columns of H, all eigenvalues are computed, and ``exact`` holds them.
 
     Source: Golub and Meurant, *Matrices, Moments and Quadrature* (1994); Ghorbani, Krishnan, Xiao (2019).
 
@@ -75,6 +80,8 @@ def spectral_density(
     run = Run(f, rtol, None, 0.5, budget, callback)
     values, vectors = known if known is not None else (torch.empty(0, dtype=torch.float64), None)
     rules: list[tuple[Tensor, Tensor]] = []
+    if f.n <= min(starts * steps, LARGEST_EXACT) and DEAREST * f.n <= budget:
+        values, vectors = _eigenvalues(f), torch.eye(f.n, dtype=f.dtype, device=f.device)
     left = f.n - len(values)
     while True:
         rules.append(_quadrature(f, seed, len(rules), steps, vectors))
@@ -87,6 +94,14 @@ def spectral_density(
             break
     run.warn(answer.status, "spectral_density")
     return answer
+
+
+def _eigenvalues(f: Objective) -> Tensor:
+    """Return all eigenvalues, ascending, from n products."""
+    hessian = f.products(torch.eye(f.n, dtype=f.dtype, device=f.device)).double().cpu()
+    unit = power_of_two(float(hessian.abs().max()))
+    values: Tensor = torch.linalg.eigvalsh((hessian + hessian.T) / (2 * unit))
+    return unit * values
 
 
 def _quadrature(f: Objective, seed: int, index: int, steps: int, vectors: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -102,26 +117,29 @@ def _quadrature(f: Objective, seed: int, index: int, steps: int, vectors: Tensor
 
 
 def _combined(rules: list[tuple[Tensor, Tensor]], values: Tensor, f: Objective, run: Run) -> SpectralDensity:
-    ends = torch.cat([values, *(nodes for nodes, _ in rules)])
+    inner = torch.cat([nodes for nodes, _ in rules]) if rules else values[:0]
+    ends = torch.cat([values, inner])
     low, high = float(ends.min()), float(ends.max())
-    inner = torch.cat([nodes for nodes, _ in rules])
     span = float(inner.max() - inner.min()) if len(inner) else 0.0
-    nodes = max((len(nodes) for nodes, _ in rules), default=1)
+    nodes = max((len(nodes) for nodes, _ in rules), default=0)
     size = max(abs(low), abs(high))
     width = max(span * RESOLVED / max(nodes, 1), (high - low) * NARROWEST, 1e-3 * size) or 1.0
     grid = torch.linspace(low - 4 * width, high + 4 * width, GRID, dtype=torch.float64)
-    share = len(values) / f.n
-    outliers = _smoothed(grid, values, torch.full_like(values, 1 / f.n), width)
-    samples = torch.stack([(1 - share) * _smoothed(grid, *rule, width) for rule in rules])
-    error = samples.std(0) / math.sqrt(len(rules)) if len(rules) > 1 else torch.zeros_like(grid)
+    density = _smoothed(grid, values, torch.full_like(values, 1 / f.n), width)
+    error = torch.zeros_like(grid)
+    if rules:
+        share = len(values) / f.n
+        samples = torch.stack([(1 - share) * _smoothed(grid, *rule, width) for rule in rules])
+        density = density + samples.mean(0)
+        error = samples.std(0) / math.sqrt(len(rules)) if len(rules) > 1 else error
     total_error = float(torch.trapezoid(error, grid))
     return SpectralDensity(
         grid=tuple(grid.tolist()),
-        density=tuple((outliers + samples.mean(0)).tolist()),
+        density=tuple(density.tolist()),
         standard_error=tuple(error.tolist()),
         width=width,
         exact=tuple(values.tolist()),
-        starts=len(rules),
+        starts=sum(len(nodes) > 0 for nodes, _ in rules),
         steps=nodes,
         status=Status.CONVERGED if total_error <= run.rtol else Status.BUDGET,
         cost=run.cost,
