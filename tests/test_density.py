@@ -120,9 +120,6 @@ def test_few_eigenvalues_are_all_computed() -> None:
         assert (answer.starts, answer.cost.products, set(answer.standard_error)) == (0, 60, {0.0})
         assert answer.exact == pytest.approx(item.eigenvalues, abs=1e-12)
         assert np.allclose(answer.density, smoothed(answer, item.eigenvalues))
-    # Not where it would not fit into the budget.
-    with pytest.warns(NotConvergedWarning, match="BUDGET"):
-        assert spectral_density(item.objective, budget=150).exact == ()
 
 
 def test_one_parameter() -> None:
@@ -140,7 +137,7 @@ def test_networks_against_their_dense_hessian(name: str, steps: int) -> None:
     f = network.objective()
     own = held(f)
     answer = spectral_density(f, rtol=1e-9, starts=4, steps=steps, budget=1e4)
-    assert bool(answer.exact) == (f.n <= 4 * steps)
+    assert bool(answer.exact) == (f.n <= 2 * steps)
     grid = np.array(answer.grid)
     distance = np.trapezoid(abs(np.array(answer.density) - smoothed(answer, values)), grid)
     # Float32 splits an eigenvalue no wider than rounding, far below the kernel.

@@ -14,7 +14,7 @@ from torchflat.errors import UsageError
 from torchflat.objective import Objective
 from torchflat.result import Answer, Cost, Status
 from torchflat.spectrum.krylov import Krylov, power_of_two
-from torchflat.spectrum.run import DEAREST, Callback, Run, check_request
+from torchflat.spectrum.run import Callback, Run, check_request
 
 __all__ = ["SpectralDensity", "spectral_density"]
 
@@ -24,8 +24,6 @@ RESOLVED = 1.5
 NARROWEST = 1 / 200
 # Up to this many parameters, one product for each gives every eigenvalue, for less than two starts would cost.
 DENSE = 64
-# More eigenvalues than this are never computed one by one.
-LARGEST_EXACT = 256
 
 
 @dataclass(frozen=True)
@@ -64,8 +62,8 @@ def spectral_density(
     Each random start u gives the Gauss quadrature of its spectral measure: Ritz values θᵢ with weights ⟨e₁,sᵢ⟩². The
     average over starts is the density; more starts are taken until its standard error integrates to ``rtol`` (two at
     least, ``starts`` at most). ``known`` = (values (m,), orthonormal vectors (n, m)) enters exactly, and starts are
-    then drawn from the complement: outliers do not blur the bulk. Where there are so few parameters that all starts
-    would take more products than there are columns of H, all eigenvalues are computed, and ``exact`` holds them.
+    then drawn from the complement: outliers do not blur the bulk. Where H has no more columns than two starts take
+    products, all eigenvalues are computed instead, and ``exact`` holds them.
 
     Source: Golub and Meurant, *Matrices, Moments and Quadrature* (1994); Ghorbani, Krishnan, Xiao (2019).
 
@@ -80,7 +78,7 @@ def spectral_density(
     run = Run(f, rtol, None, 0.5, budget, callback)
     values, vectors = known if known is not None else (torch.empty(0, dtype=torch.float64), None)
     rules: list[tuple[Tensor, Tensor]] = []
-    if f.n <= min(starts * steps, LARGEST_EXACT) and DEAREST * f.n <= budget:
+    if f.n <= 2 * steps:
         values, vectors = _eigenvalues(f), torch.eye(f.n, dtype=f.dtype, device=f.device)
     left = f.n - len(values)
     while True:

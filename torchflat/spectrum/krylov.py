@@ -190,8 +190,9 @@ class Krylov:
         return torch.div(rows, norms.to(self.dtype))
 
     def residuals(self) -> Tensor:
-        """‖H y − θ y‖ for every Ritz pair, ascending in θ: βₖ times the last components."""
-        return self.scale * self.betas[-1] * self.ritz()[1][-1].abs()
+        """‖H y − θ y‖ for every Ritz pair, ascending in θ: βₖ times the last components, and the measured rounding."""
+        left = self.betas[-1] * self.ritz()[1][-1]
+        return self.scale * torch.hypot(left, torch.full_like(left, self.rounding))
 
     def upper(self, delta: float) -> float:
         """Bound the largest eigenvalue of P H P from above, with probability at least 1 − δ (T090), less rounding.

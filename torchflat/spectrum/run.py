@@ -11,14 +11,12 @@ from torchflat.errors import UsageError
 from torchflat.objective import Objective
 from torchflat.result import Cost, Status
 
-__all__ = ["DEAREST", "FLOORS", "Callback", "NotConvergedWarning", "Run", "check_request"]
+__all__ = ["FLOORS", "Callback", "NotConvergedWarning", "Run", "check_request"]
 
 Callback = Callable[[Any], object]
 
 # Half the width of an interval is one floor at least; this many of them count as narrow, however small the value.
 FLOORS = 16
-# What a product costs at most, in gradients.
-DEAREST = 3
 
 
 class NotConvergedWarning(UserWarning):

@@ -15,7 +15,7 @@ from torchflat.errors import UsageError
 from torchflat.objective import Objective
 from torchflat.result import Cost, Interval, Status
 from torchflat.spectrum.krylov import MARGIN, REDUCTION_ULPS, power_of_two, random_unit_vector
-from torchflat.spectrum.run import DEAREST, Callback, Run, check_request
+from torchflat.spectrum.run import Callback, Run, check_request
 from torchflat.spectrum.student import t_quantile
 
 __all__ = ["Trace", "trace"]
@@ -26,6 +26,8 @@ PILOT = 16
 LARGEST_EXACT = 1024
 # Probes whose rounding is measured.
 MEASURED = 2
+# What a product costs at most, in gradients.
+DEAREST = 3
 
 
 @dataclass(frozen=True)
