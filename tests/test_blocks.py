@@ -158,3 +158,14 @@ def test_same_seed_same_answer() -> None:
     matrix = torch.diag(torch.from_numpy(np.linspace(-1, 1, 80)))
     first, second, other = (block_sharpness(two_blocks(matrix, 30), by="tensor", seed=seed).rows for seed in (0, 0, 1))
     assert first == second != other
+
+
+def test_a_block_that_is_zero_beside_the_others_has_converged() -> None:
+    # The last layer is zero, so that the first one's block vanishes, up to float32 rounding of the whole Hessian.
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    nn.init.zeros_(model[2].weight)
+    f = Objective(model, nn.MSELoss(), (torch.randn(40, 6), torch.randn(40, 3)))
+    first, last = block_sharpness(f).rows
+    assert first.lower <= 0 <= first.upper < 1e-3 * last.lower
+    assert first.status is last.status is Status.CONVERGED

@@ -160,6 +160,8 @@ class _Audit:
             self._part = part
             self._part_deadline = time.monotonic() + (left if part == wanted[-1] else SHARE * left)
             self.content[part] = parts[part]()
+            if part != "sharpness" and self.krylov is not None:
+                self.krylov.release()
 
     def report(self, status: str) -> Report:
         """Return what is known now."""

@@ -57,7 +57,7 @@ def block_sharpness(
 
     Each pass over the data advances every block that is not done by one Lanczos step; a block's product differentiates
     only its own part of the gradient graph. The intervals rest on T090, with the probability of a miss split evenly.
-    By interlacing λ₁(H_bb) ≤ λ₁(H). ``top`` (n,), a top eigenvector of H, fills in the shares.
+    A block that is zero to rounding, beside the largest one, is CONVERGED. By interlacing λ₁(H_bb) ≤ λ₁(H). ``top`` (n,), a top eigenvector of H, fills in the shares.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 1, bias=False))
     >>> f = Objective(model, torch.nn.MSELoss(), (torch.eye(2), torch.zeros(2, 1)))
@@ -80,6 +80,9 @@ def block_sharpness(
             over = run.over(sum(progress.status is not None for progress in work) / len(work))
         for progress in work:
             progress.finish()
+        largest = max(progress.krylov.norm for progress in work)
+        for progress in work:
+            progress.compare(largest)
     rows = []
     for progress in work:
         ranges = [slices[i] for i in progress.indices]
@@ -153,6 +156,11 @@ class _Progress:
         if self.status is None:
             self._measure()
             self.status = self.run.status(self.bounds, self.krylov.norm, over=True)
+
+    def compare(self, largest: float) -> None:
+        """Judge what rounding left open by the size of the largest block: beside it, this one may be zero."""
+        if self.status is Status.ROUNDING_LIMITED and self.run.narrow_enough(self.bounds):
+            self.status = self.run.settled(largest, self.bounds.floor)
 
     def row(self, gradient_norm: float, share: float | None) -> Block:
         """Return the line of the table."""
