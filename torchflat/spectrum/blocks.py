@@ -57,7 +57,8 @@ def block_sharpness(
 
     Each pass over the data advances every block that is not done by one Lanczos step; a block's product differentiates
     only its own part of the gradient graph. The intervals rest on T090, with the probability of a miss split evenly.
-    A block that is zero to rounding, beside the largest one, is CONVERGED. By interlacing λ₁(H_bb) ≤ λ₁(H). ``top`` (n,), a top eigenvector of H, fills in the shares.
+    By interlacing λ₁(H_bb) ≤ λ₁(H). A block that is zero to rounding, beside the largest one, is CONVERGED.
+    ``top`` (n,), a top eigenvector of H, fills in the shares.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 1, bias=False))
     >>> f = Objective(model, torch.nn.MSELoss(), (torch.eye(2), torch.zeros(2, 1)))
