@@ -80,7 +80,8 @@ def select(model: nn.Module, patterns: str | Iterable[str] | None) -> list[str]:
     else:
         aliases = {name: canonical[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
         chosen = _matching(aliases, [patterns] if isinstance(patterns, str) else list(patterns))
-    for name in chosen:
+    names = [name for name in parameters if name in chosen]
+    for name in names:
         if nn.parameter.is_lazy(parameters[name]) or parameters[name].is_meta:
             raise UsageError(f"parameter {name!r} has no values yet: run the model once, or load its weights")
         if not parameters[name].is_floating_point():
@@ -88,7 +89,7 @@ def select(model: nn.Module, patterns: str | Iterable[str] | None) -> list[str]:
                 f"parameter {name!r} is {parameters[name].dtype}, and curvature is defined here for real floating "
                 f"parameters only: leave it out with params=[..., '!{name}']"
             )
-    return [name for name in parameters if name in chosen]
+    return names
 
 
 def _matching(aliases: dict[str, str], patterns: list[str]) -> set[str]:

@@ -6,6 +6,7 @@ A product on a retained graph costs two gradients; one whose graph must be rebui
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from torchflat.objective.evaluation import Term, first_line, out_of_memory
 from torchflat.objective.ledger import Ledger
 from torchflat.objective.memory import Memory, graph_bytes, return_freed_pages
 
-__all__ = ["Graph", "Graphs", "NotDifferentiable", "non_finite"]
+__all__ = ["Graph", "Graphs", "NotDifferentiable", "finite", "non_finite"]
 
 PROBE_ROWS = 16
 LARGEST_MICROBATCH = 4096
@@ -207,7 +208,7 @@ class Graphs:
         return NonFiniteError(f"the Hessian product overflows in {self.term.dtype}: use dtype=torch.float64")
 
     def _refuse_non_finite(self, what: str, tensors: Sequence[int], values: Sequence[Tensor]) -> None:
-        if not all(torch.isfinite(value).all() for value in values):
+        if not all(map(finite, values)):
             names = list(self.leaves)
             named = {names[i]: value for i, value in zip(tensors, values, strict=True)}
             raise non_finite(f"{what} holds NaN or infinity", named)
@@ -265,6 +266,7 @@ class Graphs:
         return self.memory.room_for_graphs(WORKSPACE_GRAPHS * self._largest + self._vectors)
 
     def _drop_beyond_budget(self) -> None:
+        self.memory.tidy()
         if self.memory.graphs <= self._room():
             return
         while self._kept and self.memory.graphs > self._room():
@@ -291,6 +293,11 @@ def _derivative(what: str) -> Iterator[None]:
 
 def _dense(tensor: Tensor) -> Tensor:
     return tensor.to_dense() if tensor.layout is not torch.strided else tensor
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite. The extremes are NaN if any entry is, and take one vectorised sweep."""
+    return tensor.numel() == 0 or all(math.isfinite(extreme) for extreme in torch.aminmax(tensor.detach()))
 
 
 def non_finite(where: str, tensors: Mapping[str, Tensor]) -> NonFiniteError:

@@ -47,6 +47,7 @@ class Memory:
         self.total = total
         self.vectors = 0
         self.graphs = 0
+        self._tidied_at = 0
 
     def room_for_graphs(self, workspace: int) -> int:
         """Bytes that graphs may take in all, if ``workspace`` bytes must stay free for one product."""
@@ -61,6 +62,15 @@ class Memory:
         """Account for ``size`` bytes of vectors until their ``owner`` is gone."""
         self.vectors += size
         weakref.finalize(owner, self._forget, size, 0).atexit = False
+
+    def tidy(self) -> None:
+        """Return freed pages to the system if vectors have grown much since that was last done.
+
+        A Krylov basis grows into fresh pages, and does not take up what graphs have left in the heap.
+        """
+        if self.vectors - self._tidied_at > self.total // 16:
+            return_freed_pages()
+            self._tidied_at = self.vectors
 
     def _forget(self, vectors: int, graphs: int) -> None:
         self.vectors -= vectors

@@ -15,7 +15,7 @@ from torchflat.errors import LossError, NonFiniteError, UsageError
 from torchflat.objective.accuracy import Accuracy, second_derivative_fault
 from torchflat.objective.batches import Batches, as_batches, rows_of
 from torchflat.objective.evaluation import FunctionTerm, ModelTerm, Term, unwrapped
-from torchflat.objective.graphs import Graphs, NotDifferentiable
+from torchflat.objective.graphs import Graphs, NotDifferentiable, finite
 from torchflat.objective.ledger import Ledger
 from torchflat.objective.memory import Memory, parse_bytes, return_freed_pages
 from torchflat.objective.preflight import preflight
@@ -207,9 +207,8 @@ class Objective:
         """∇f(x), shape (n,). Costs one gradient the first time, and gives the value for nothing."""
         if self._gradient is None:
             value, mean = self._attempt(self._graphs.mean_gradient)
-            mean.add_(self._x, alpha=self.weight_decay)
-            gradient = mean.to(self.dtype)
-            if not torch.isfinite(gradient).all():
+            gradient = self._with_decay(mean, self._x)
+            if not finite(gradient):
                 raise NonFiniteError(f"the gradient overflows in {self.dtype}: use dtype=torch.float64")
             self._value, self._gradient = value + self._decay_value(), gradient
         return self._gradient.clone()
@@ -232,12 +231,12 @@ class Objective:
             sums = torch.zeros(vectors.shape, dtype=torch.float64, device=self.device)
             jobs = [(everything, v, self.layout.split(row)) for v, row in zip(inputs, sums, strict=True)]
             sums /= self._graphs.add_products(jobs)
-            return sums.add_(vectors, alpha=self.weight_decay).to(self.dtype)
+            return self._with_decay(sums, vectors)
 
         # One vector's share is part of the workspace already.
         with self.memory.vectors_held((vectors.shape[0] - 1) * self.n * 16):
             products = self._attempt(work)
-        if not torch.isfinite(products).all():
+        if not finite(products):
             raise self._attempt(lambda: self._graphs.non_finite_product([(everything, v) for v in inputs]))
         return products
 
@@ -255,13 +254,10 @@ class Objective:
         def work() -> dict[tuple[int, ...], Tensor]:
             sums = {block: torch.zeros_like(v, dtype=torch.float64) for block, v in vectors.items()}
             weight = self._graphs.add_products([(block, v, layouts[block].split(sums[block])) for block, v in inputs])
-            return {
-                block: (total / weight).add_(vectors[block], alpha=self.weight_decay).to(self.dtype)
-                for block, total in sums.items()
-            }
+            return {block: self._with_decay(total.div_(weight), vectors[block]) for block, total in sums.items()}
 
         products = self._attempt(work)
-        if not all(torch.isfinite(product).all() for product in products.values()):
+        if not all(map(finite, products.values())):
             raise self._attempt(lambda: self._graphs.non_finite_product(inputs))
         return products
 
@@ -375,12 +371,17 @@ class Objective:
         with self._session():
             return work()
 
+    def _with_decay(self, sums: Tensor, vectors: Tensor) -> Tensor:
+        if self.weight_decay:
+            sums.add_(vectors, alpha=self.weight_decay)
+        return sums.to(self.dtype)
+
     def _decay_value(self) -> float:
         return 0.5 * self.weight_decay * float(ops.dot([self._x], [self._x]))
 
 
 def _check_finite(vectors: Tensor) -> None:
-    if not torch.isfinite(vectors).all():
+    if not finite(vectors):
         raise NonFiniteError("the vector that H is applied to holds NaN or infinity")
 
 
