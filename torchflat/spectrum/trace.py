@@ -91,8 +91,7 @@ def trace(
         known = torch.empty(0, f.n) if basis is None else basis.T
         rows = known.to(f.device, f.dtype).contiguous()
         if budget >= DEAREST * (2 * SKETCH + PILOT + len(rows)):
-            sketch = torch.stack([_probe(f, seed, f"trace/sketch/{i}", rows) for i in range(SKETCH)])
-            rows = torch.cat([rows, _range(f.products(sketch), rows)])
+            rows = _extended(f, seed, rows)
     answer = _estimate(f, run, seed, rows)
     run.warn(answer.status, "trace")
     return answer
@@ -100,10 +99,12 @@ def trace(
 
 def _estimate(f: Objective, run: Run, seed: int, basis: Tensor) -> Trace:
     """Take the part on the span of the rows of ``basis`` exactly, and probe their complement."""
-    images = f.products(basis) if len(basis) else basis
-    known = float(ops.dot([basis], [images]))
-    # The size of what is summed, which may cancel; without squares, so that nothing under- or overflows.
-    size = float((images.abs().amax(1) if len(basis) else images.new_zeros(1)).double().sum())
+    known = size = 0.0
+    for row in basis:
+        image = f.products(row[None])[0]
+        known += float(ops.dot([row], [image]))
+        # The size of what is summed, which may cancel; without squares, so that nothing under- or overflows.
+        size += float(image.abs().amax())
     left = f.n - len(basis)
     samples: list[float] = []
     product_error = 0.0
@@ -159,13 +160,22 @@ def _probe(f: Objective, seed: int, stream: str, basis: Tensor) -> Tensor:
     return (probe / norm).to(f.dtype)
 
 
-def _range(images: Tensor, basis: Tensor) -> Tensor:
-    """Return orthonormal rows that span those of ``images`` beyond ``basis``; none where they vanish."""
-    rows = images.double() / (images.abs().amax() or 1.0)
-    for row in rows:
-        ops.orthogonalize_(basis, row)
-    right: Tensor
-    _, values, right = torch.linalg.svd(rows, full_matrices=False)
-    # What rounding left of images within the basis has no direction of its own.
-    kept = values > 1e3 * torch.finfo(images.dtype).eps
-    return right[kept].to(images.dtype).contiguous()
+def _extended(f: Objective, seed: int, basis: Tensor) -> Tensor:
+    """Add to the orthonormal rows of ``basis`` what the images of random vectors span beyond them.
+
+    One vector at a time, and as many as a quarter of the memory budget holds.
+    """
+    affordable = f.memory.total // (4 * f.n * basis.element_size())
+    rows = torch.empty(len(basis) + max(1, min(SKETCH, affordable)), f.n, dtype=f.dtype, device=f.device)
+    rows[: len(basis)] = basis
+    used = len(basis)
+    for index in range(len(rows) - used):
+        image = f.products(_probe(f, seed, f"trace/sketch/{index}", basis)[None])[0].double()
+        image /= image.abs().amax() or 1.0
+        size = float(ops.norm([image]))
+        left = float(ops.orthogonalize_(rows[:used], image)[1])
+        # What rounding left of an image within the span has no direction of its own.
+        if left > 1e3 * torch.finfo(f.dtype).eps * size:
+            rows[used] = image / left
+            used += 1
+    return rows[:used]
