@@ -206,15 +206,13 @@ class _Audit:
         self._tell("gradient")
         norm = float(ops.norm([self.f.gradient()]))
         size = float(ops.norm([self.f.x]))
-        return _finite(
-            {
-                "loss": self.f.value(),
-                "gradient_norm": norm,
-                "parameter_norm": size,
-                "parameters": self.f.n,
-                "rows": self.f.rows,
-            }
-        )
+        return {
+            "loss": self.f.value(),
+            "gradient_norm": norm,
+            "parameter_norm": size,
+            "parameters": self.f.n,
+            "rows": self.f.rows,
+        }
 
     def _sharpness(self) -> dict[str, Any]:
         options = self.options
@@ -308,12 +306,6 @@ def _sharpness_part(answer: Sharpness) -> dict[str, Any]:
     return {
         **_picked(answer, *keys),
         "largest_stable_step": None if step is None else _picked(step, "value", "lower", "upper"),
-    }
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
     }
 
 

@@ -13,6 +13,7 @@ import tempfile
 import traceback
 from collections.abc import Sequence
 
+from torchflat.cli.progress import say
 from torchflat.errors import TorchflatError, UsageError, did_you_mean
 
 __all__ = ["COMMANDS", "main"]
@@ -34,10 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except TorchflatError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        _say("interrupted")
+        say("interrupted")
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output left, as `head` does; Python would complain once more when it flushes at exit.
@@ -47,12 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import torch
 
         if isinstance(error, torch.OutOfMemoryError | MemoryError):
-            _say("error: out of memory: lower --memory, or set --microbatch")
+            say("error: out of memory: lower --memory, or set --microbatch")
             return 3
         with tempfile.NamedTemporaryFile("w", prefix="torchflat-", suffix=".log", delete=False) as log:
             log.write(f"torchflat {' '.join(arguments)}\n\n")
             traceback.print_exc(file=log)
-        _say(f"internal error: {type(error).__name__}: {error}; the traceback is in {log.name}; please report it")
+        say(f"internal error: {type(error).__name__}: {error}; the traceback is in {log.name}; please report it")
         return INTERNAL_ERROR
 
 
@@ -88,7 +89,3 @@ def _overview() -> str:
             "audits the small trained network that ships with the package.",
         ]
     )
-
-
-def _say(message: str) -> None:
-    print(f"torchflat: {message}", file=sys.stderr)

@@ -20,7 +20,7 @@ from torchflat.audit.run import Interrupted, audit
 from torchflat.audit.task import Task, load_task
 from torchflat.cli.flags import key_values
 from torchflat.cli.folder import claim, discard_if_empty, fresh, latest_partial
-from torchflat.cli.progress import Bars
+from torchflat.cli.progress import Bars, say
 from torchflat.errors import UsageError
 
 __all__ = ["Audit"]
@@ -88,7 +88,7 @@ class Audit:
             report = self._audited(task, checkpoint, earlier)
         except Interrupted as interruption:
             self._write(interruption.report, folder)
-            _say(f"interrupted; what was found until then is in {folder}; go on with --resume --out {folder}")
+            say(f"interrupted; what was found until then is in {folder}; go on with --resume --out {folder}")
             return INTERRUPTED
         self._write(report, folder)
         return _exit_code(report, conditions)
@@ -121,7 +121,7 @@ class Audit:
             if self.json is not None:
                 _write_text(Path(self.json), report.to_json())
             print(report.text(), end="")
-        _say(f"the report is in {folder / 'report.html'}")
+        say(f"the report is in {folder / 'report.html'}")
 
     def _trajectory(self, task: Task, files: Sequence[Path], folder: Path, conditions: Sequence[gates.Gate]) -> int:
         from torchflat.audit import page
@@ -129,13 +129,13 @@ class Audit:
         reports: list[Report] = []
         code = 0
         for index, file in enumerate(files):
-            _say(f"{file.name} ({index + 1} of {len(files)})")
+            say(f"{file.name} ({index + 1} of {len(files)})")
             place = folder / file.name
             try:
                 report = _finished(place) or self._audited(task, str(file), None)
             except Interrupted as interruption:
                 interruption.report.save(place, force=True)
-                _say(f"interrupted; go on with --resume --out {folder}")
+                say(f"interrupted; go on with --resume --out {folder}")
                 return INTERRUPTED
             report.save(place, force=True)
             reports.append(report)
@@ -150,7 +150,7 @@ class Audit:
         else:
             for file, report in zip(files, reports, strict=True):
                 print(f"== {file.name}\n{report.text()}")
-        _say(f"the trajectory is in {folder / 'trajectory.html'}")
+        say(f"the trajectory is in {folder / 'trajectory.html'}")
         return code
 
 
@@ -159,12 +159,12 @@ def _exit_code(report: Report, conditions: Sequence[gates.Gate]) -> int:
     for condition in conditions:
         verdict = condition.evaluate(report.content)
         outcomes.add(verdict.outcome)
-        _say(f"gate {condition.expression!r}: {verdict.outcome.name}: {'; '.join(verdict.reasons)}")
+        say(f"gate {condition.expression!r}: {verdict.outcome.name}: {'; '.join(verdict.reasons)}")
     if gates.Outcome.FAIL in outcomes:
         return GATE_TRIPPED
     unfinished = [name for name, part in report.content.items() if isinstance(part, dict) and _inconclusive(part)]
     if unfinished:
-        _say(f"inconclusive: {', '.join(unfinished)}; raise --budget or --rtol")
+        say(f"inconclusive: {', '.join(unfinished)}; raise --budget or --rtol")
     inconclusive = gates.Outcome.INCONCLUSIVE in outcomes or unfinished or report.content["status"] == "partial"
     return INCONCLUSIVE if inconclusive else 0
 
@@ -186,7 +186,3 @@ def _write_text(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from error
-
-
-def _say(message: str) -> None:
-    print(f"torchflat: {message}", file=sys.stderr)

@@ -1,11 +1,11 @@
-"""Progress bars on a terminal, and silence elsewhere."""
+"""What goes to stderr: progress bars on a terminal, and single lines everywhere."""
 
 from __future__ import annotations
 
 import sys
 from typing import Any
 
-__all__ = ["Bars"]
+__all__ = ["Bars", "say"]
 
 
 class Bars:
@@ -49,3 +49,8 @@ class Bars:
             bar_format="{desc} " + how_far + " {postfix} [{elapsed}]",
             dynamic_ncols=True,
         )
+
+
+def say(message: str) -> None:
+    """Print a line about the run itself to stderr."""
+    print(f"torchflat: {message}", file=sys.stderr)

@@ -22,8 +22,6 @@ GRID = 512
 # A Gauss quadrature with m nodes resolves about 1/m of the range; a narrower kernel would show its nodes, not H.
 RESOLVED = 1.5
 NARROWEST = 1 / 200
-# Up to this many parameters, one product for each gives every eigenvalue, for less than two starts would cost.
-DENSE = 64
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,8 @@ def spectral_density(
     values, vectors = known if known is not None else (torch.empty(0, dtype=torch.float64), None)
     rules: list[tuple[Tensor, Tensor]] = []
     if f.n <= 2 * steps:
-        values, vectors = _eigenvalues(f), torch.eye(f.n, dtype=f.dtype, device=f.device)
+        # One product for each parameter costs no more than the two starts that are needed at least.
+        return _combined([], _eigenvalues(f), f, run)
     left = f.n - len(values)
     while True:
         rules.append(_quadrature(f, seed, len(rules), steps, vectors))
