@@ -27,12 +27,13 @@ class Status(enum.Enum):
         "raise rtol or use dtype=torch.float64"
     )
     NOT_CERTIFIED = "the iteration settled, but nothing it saw proves that this is the largest: use method='lanczos'"
+    TRACKED = "followed from a given start until it settled; without a random part nothing bounds it from above"
     INTERRUPTED = "interrupted: the interval holds for what was seen until then"
 
     @property
     def ok(self) -> bool:
         """Whether the answer meets what was asked for."""
-        return self is Status.CONVERGED
+        return self in (Status.CONVERGED, Status.TRACKED)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,6 +40,11 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         return iter(self.source)
 
+    @property
+    def indexed(self) -> bool:
+        """Whether rows can be picked without a pass over all of them."""
+        return self._pick is not None
+
     def first(self, rows: int | None = None) -> Batch:
         """Return the first batch, or at most its first ``rows`` rows if it can be cut. Random data spends randomness.
 
@@ -64,19 +69,27 @@ class Batches:
             DataError: the batches cannot be cut into rows.
         """
         generator = torch.Generator("cpu").manual_seed(seed)
-        wanted = torch.randperm(self.rows, generator=generator, device="cpu")[:size].sort().values
+        return self.take(torch.randperm(self.rows, generator=generator, device="cpu")[:size])
+
+    def take(self, rows: Tensor) -> Batches:
+        """Return the rows with these indices, in the order of the data.
+
+        Raises:
+            DataError: the batches cannot be cut into rows.
+        """
+        wanted = rows.sort().values
         if self._pick is not None:
             return self._pick(wanted.tolist())
         pieces, offset = [], 0
         with random_states_kept():
             for batch in self:
-                rows = row_count(batch)
-                if rows is None:
+                count = row_count(batch)
+                if count is None:
                     raise DataError("the batches cannot be cut into rows, so no subset of rows can be drawn from them")
-                inside = wanted[(wanted >= offset) & (wanted < offset + rows)] - offset
+                inside = wanted[(wanted >= offset) & (wanted < offset + count)] - offset
                 if len(inside):
                     pieces.append(_take(batch, inside.tolist()))
-                offset += rows
+                offset += count
         return Batches(pieces, len(wanted))
 
     def fingerprint(self) -> str:

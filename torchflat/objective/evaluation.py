@@ -146,22 +146,30 @@ class ModelTerm:
 
     def __call__(self, parameters: Sequence[Tensor], batch: Any) -> tuple[Tensor, float]:
         """See :class:`Term`."""
+        total, weight = self._called(parameters, batch, self.call.sum_and_weight)
+        if not math.isfinite(weight) or weight < 0:
+            raise LossError(f"batch_loss returned the weight {weight}: it must be a finite number >= 0")
+        return total, weight
+
+    def output(self, parameters: Sequence[Tensor], batch: Any) -> tuple[Any, Any]:
+        """Return what the model gives for a batch, and the batch's target. Only with ``loss(output, target)``."""
+        output, target = self._called(parameters, batch, self.call.output_and_target)
+        return output, target
+
+    def _called(self, parameters: Sequence[Tensor], batch: Any, what: Callable[[Any], tuple[Any, Any]]) -> Any:
         batch = map_tensors(self._moved, batch)
         # Buffers are copied for every call: a forward that counts or averages in them starts from the same ones.
         buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
         tensors = {**self.constants, **buffers, **dict(zip(self.names, parameters, strict=True))}
         try:
-            total, weight = torch.func.functional_call(self.call, tensors, (batch,), tie_weights=True)
+            return torch.func.functional_call(self.call, tensors, (what, batch), tie_weights=True)
         except TorchflatError:
             raise
         except Exception as error:
             if out_of_memory(error):
                 raise
-            what = f"{type(error).__name__}: {first_line(error)}"
-            raise DataError(f"evaluating the loss failed with {what} (batch: {describe(batch)})") from error
-        if not math.isfinite(weight) or weight < 0:
-            raise LossError(f"batch_loss returned the weight {weight}: it must be a finite number >= 0")
-        return total, weight
+            failure = f"{type(error).__name__}: {first_line(error)}"
+            raise DataError(f"evaluating the loss failed with {failure} (batch: {describe(batch)})") from error
 
     def converted(self, dtype: torch.dtype) -> ModelTerm:
         """See :class:`Term`."""
@@ -216,13 +224,21 @@ class _Call(nn.Module):
         # A loss that is a module is registered too, so that its class weights follow dtype and device.
         self.loss, self.batch_loss = loss, batch_loss
 
-    def forward(self, batch: Any) -> tuple[Tensor, float]:
-        if self.batch_loss is not None:
-            return _sum_and_weight(self.batch_loss(self.model, batch))
+    def forward(self, what: Callable[[Any], tuple[Any, Any]], batch: Any) -> tuple[Any, Any]:
+        # Only what is called through the module sees the exchanged parameters.
+        return what(batch)
+
+    def output_and_target(self, batch: Any) -> tuple[Any, Any]:
         inputs, keywords, target = _inputs_and_target(batch)
         output = self.model(*inputs, **keywords)
         if not isinstance(output, Tensor) and isinstance(getattr(output, "logits", None), Tensor):
             output = output.logits
+        return output, target
+
+    def sum_and_weight(self, batch: Any) -> tuple[Tensor, float]:
+        if self.batch_loss is not None:
+            return _sum_and_weight(self.batch_loss(self.model, batch))
+        output, target = self.output_and_target(batch)
         rows = row_count(target) or row_count(batch)
         if rows is None:
             raise DataError(f"the rows of a batch cannot be counted ({describe(batch)}): use batch_loss(model, batch)")

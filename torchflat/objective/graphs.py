@@ -21,6 +21,7 @@ from torchflat.objective.batches import Batches, row_count, rows_of, slice_rows
 from torchflat.objective.evaluation import Term, first_line, out_of_memory
 from torchflat.objective.ledger import Ledger
 from torchflat.objective.memory import Memory, graph_bytes, return_freed_pages
+from torchflat.objective.scores import RowCurvature
 
 __all__ = ["Graph", "Graphs", "NotDifferentiable", "finite", "non_finite"]
 
@@ -179,6 +180,14 @@ class Graphs:
             total, weights = total + float(value), weights + weight
         sums /= _positive(weights)
         return total / weights, sums
+
+    def by_row(self, score: RowCurvature) -> Tensor:
+        """Score every row, in the order of the data."""
+        scores = []
+        for batch in self.microbatches():
+            scores.append(score(batch))
+            self.ledger.charge(forwards=score.evaluations * rows_of(batch))
+        return torch.cat(scores)
 
     def add_products(self, jobs: Sequence[tuple[Sequence[int], Sequence[Tensor], Sequence[Tensor]]]) -> float:
         """For each (tensors, vector, sums) add the product over all micro-batches to ``sums``; return Σ weight."""

@@ -19,6 +19,7 @@ from torchflat.objective.graphs import Graphs, NotDifferentiable, finite
 from torchflat.objective.ledger import Ledger
 from torchflat.objective.memory import Memory, parse_bytes, return_freed_pages
 from torchflat.objective.preflight import preflight
+from torchflat.objective.scores import NoScores, RowCurvature
 from torchflat.objective.state import random_states_kept
 from torchflat.parameters import Layout, select
 from torchflat.result import Cost
@@ -274,6 +275,29 @@ class Objective:
         if not 1 <= size <= self.rows:
             raise UsageError(f"subset({size}): the data has {self.rows} rows")
         return self._derived(self._term, self._batches.subset(size, seed), self._x)
+
+    @property
+    def divisible(self) -> bool:
+        """Whether rows can be drawn from the data at will, without a pass over all of it."""
+        self._prepare()
+        return self._graphs.splittable and self._batches.indexed
+
+    def take(self, rows: Tensor) -> Objective:
+        """Restrict the function to the rows with these indices, (k,) int64. Its cost is charged here too."""
+        return self._derived(self._term, self._batches.take(rows), self._x)
+
+    def row_curvatures(self, seed: int = 0) -> Tensor:
+        """Estimate how much each row can curve the loss: (rows,) float64, see :class:`RowCurvature`.
+
+        Costs three to five evaluations of the loss.
+
+        Raises:
+            NoScores: the rows cannot be told apart at the output of the model.
+        """
+        if not isinstance(self._term, ModelTerm) or self._term.call.loss is None:
+            raise NoScores("rows can be told apart only with loss(output, target)")
+        score = RowCurvature(self._term, self._graphs.parameters, seed)
+        return self._attempt(lambda: self._graphs.by_row(score))
 
     def rounding_error(self, vectors: Tensor, quadratic: bool = False) -> float:
         """Largest ‖H v − H₆₄ v‖, or |vᵀ(H − H₆₄)v| if ``quadratic``, over the rows v of ``vectors`` (k, n).

@@ -5,7 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-__all__ = ["growth_upper_bound", "log_start_quantile", "polynomial_upper_bound"]
+import torch
+from torch import Tensor
+
+from torchflat.spectrum.student import t_quantile
+
+__all__ = [
+    "coupled_upper_bound",
+    "growth_upper_bound",
+    "log_start_quantile",
+    "polynomial_upper_bound",
+    "sampled_mean_upper_bound",
+]
 
 
 def log_start_quantile(n: int, delta: float) -> float:
@@ -66,6 +77,52 @@ def growth_upper_bound(log_growth: float, steps: int, n: int, delta: float) -> f
     True
     """
     return math.exp((log_growth + log_start_quantile(n, delta)) / steps)
+
+
+def coupled_upper_bound(ritz: Tensor, gram: Tensor, rest: float) -> float:
+    """Bound λ₁ of a symmetric matrix from what it does on a subspace and a bound on the complement (T092).
+
+    For orthonormal Y (n, p) with YᵀHY = diag(θ), R = HY − Yθ and wᵀHw ≤ μ|w|² for all w orthogonal to Y,
+
+        λ₁(H) ≤ λ_max [[diag(θ), L], [Lᵀ, μI]],      LLᵀ = RᵀR:
+
+    for a unit vector Yc + w, 2cᵀRᵀw sees w only within the range of R.
+
+    Args:
+        ritz: θ, (p,) float64.
+        gram: RᵀR, (p, p) float64.
+        rest: μ; −inf if there is no complement.
+
+    >>> coupled_upper_bound(torch.tensor([2.0]).double(), torch.tensor([[0.0]]).double(), 1.0)
+    2.0
+    """
+    if rest == -math.inf:
+        return float(ritz.max())
+    values, vectors = torch.linalg.eigh(gram)
+    root = vectors * values.clamp(min=0).sqrt()
+    block = torch.cat(
+        [
+            torch.cat([torch.diag(ritz), root], dim=1),
+            torch.cat([root.T, rest * torch.eye(len(ritz), dtype=ritz.dtype)], dim=1),
+        ]
+    )
+    return float(torch.linalg.eigvalsh(block)[-1])
+
+
+def sampled_mean_upper_bound(sample: Sequence[float], delta: float) -> float:
+    """Bound the mean of a distribution from above by a sample of it, with probability at least 1 − δ.
+
+        ȳ + t·s/√m,      t the 1 − δ quantile of Student's distribution with m − 1 degrees of freedom,
+
+    for m ≥ 2 numbers that scatter like a normal variable.
+
+    >>> sampled_mean_upper_bound([1.0, 3.0], 0.5)
+    2.0
+    """
+    m = len(sample)
+    mean = math.fsum(sample) / m
+    deviation = math.sqrt(math.fsum((y - mean) ** 2 for y in sample) / (m - 1))
+    return mean + t_quantile(max(0.0, 1 - 2 * delta), m - 1) * deviation / math.sqrt(m)
 
 
 def _log_sum(a: float, b: float) -> float:

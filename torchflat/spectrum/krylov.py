@@ -16,7 +16,7 @@ from torchflat.objective import Objective
 from torchflat.objective.memory import Memory
 from torchflat.spectrum.bounds import polynomial_upper_bound
 
-__all__ = ["MARGIN", "REDUCTION_ULPS", "Bounds", "Krylov", "power_of_two", "random_unit_vector"]
+__all__ = ["MARGIN", "REDUCTION_ULPS", "Bounds", "Krylov", "generator", "power_of_two", "random_unit_vector"]
 
 # Rows are reserved once, as much as half the memory budget holds; on the CPU they cost nothing until they are written.
 LARGEST_BASIS = 1024
@@ -27,14 +27,18 @@ REDUCTION_ULPS = 64
 MARGIN = 4
 
 
-def random_unit_vector(n: int, seed: int, stream: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Draw a vector uniform on the unit sphere, the same for the same seed on every device.
+def generator(seed: int, stream: str) -> torch.Generator:
+    """Make a source of randomness on the CPU.
 
     ``stream`` names its purpose, so that two computations with one seed do not share their randomness.
     """
     digest = hashlib.sha256(f"{seed}/{stream}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    vector = torch.randn(n, generator=generator, dtype=torch.float64)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def random_unit_vector(n: int, seed: int, stream: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Draw a vector uniform on the unit sphere, the same for the same seed and stream on every device."""
+    vector = torch.randn(n, generator=generator(seed, stream), dtype=torch.float64)
     vector /= torch.linalg.vector_norm(vector)
     return vector.to(device, dtype)
 
@@ -62,7 +66,11 @@ class Krylov:
 
         P H Vᵀ = Vᵀ T + βₖ v eₖᵀ,      P = I − YᵀY,   Y = deflated (m, n) orthonormal rows.
 
-    The start is uniform on the unit sphere of that complement, of dimension n − m: what :meth:`upper` rests on.
+    The start u is uniform on the unit sphere of that complement, of dimension n − m: what :meth:`upper` rests on. Or
+    it is w + b·g, normalised, for a given unit vector ``start`` w, with g uniform there and b = ``fresh``. Whatever w
+    is, P(|⟨v₁,u⟩| ≤ s) is then at most what a uniform start has for s/b, so that T090 holds with its right-hand side
+    divided by b. With b = 0 nothing bounds the spectrum from outside.
+
     Numbers are kept in units of a power of two near ‖H u‖, so that neither tiny nor huge curvature under- or overflows.
 
     The rows count against the memory budget until :meth:`release`, which leaving a ``with`` block calls.
@@ -79,6 +87,8 @@ class Krylov:
         device: torch.device,
         memory: Memory,
         deflated: Tensor | None = None,
+        start: Tensor | None = None,
+        fresh: float = 1.0,
     ) -> None:
         self._product, self._memory = product, memory
         self.n, self.dtype, self.device = n, dtype, device
@@ -96,12 +106,27 @@ class Krylov:
         self._written = 0
         for row in deflated if deflated is not None else ():
             self._write(row)
-        start = random_unit_vector(n, seed, stream, torch.float64, device)
-        _, norm = self._orthogonalise(start)
-        self._write(start / norm)
+        vector = random_unit_vector(n, seed, stream, torch.float64, device)
+        _, norm = self._orthogonalise(vector)
+        vector /= norm
+        self.share = 1.0
+        if start is not None:
+            vector.mul_(fresh).add_(start)
+            _, norm = self._orthogonalise(vector)
+            vector /= norm
+            self.share = fresh / norm
+        self._write(vector)
 
     @classmethod
-    def of(cls, f: Objective, seed: int, stream: str, deflated: Tensor | None = None) -> Krylov:
+    def of(
+        cls,
+        f: Objective,
+        seed: int,
+        stream: str,
+        deflated: Tensor | None = None,
+        start: Tensor | None = None,
+        fresh: float = 1.0,
+    ) -> Krylov:
         """Make the process for H = ∇²f(x)."""
         return cls(
             lambda row: f.products(row[None])[0],
@@ -112,6 +137,8 @@ class Krylov:
             device=f.device,
             memory=f.memory,
             deflated=deflated,
+            start=start,
+            fresh=fresh,
         )
 
     def __enter__(self) -> Krylov:
@@ -232,9 +259,11 @@ class Krylov:
         return self.n * self._rows.element_size()
 
     def _bound(self, end: str, ritz: list[float], delta: float) -> float:
+        if self.share == 0:
+            return math.inf
         complete = self.steps == self.dimension or 0.0 in self.betas
         log_couplings = -math.inf if complete else sum(map(math.log, self.betas))
-        latest = polynomial_upper_bound(ritz, log_couplings, self.dimension, delta)
+        latest = polynomial_upper_bound(ritz, log_couplings, self.dimension, delta * self.share)
         best = self._best[end, delta] = min(latest, self._best.get((end, delta), math.inf))
         # Clearly below a Ritz value, it shows that in this run, one of a share δ of all, the event has failed.
         refuted = self.scale * best < self.scale * max(ritz) - self.floor()

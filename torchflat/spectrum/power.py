@@ -24,8 +24,10 @@ class PowerIteration:
     for every σ: ⟨v₁,u⟩ is not tiny.
     """
 
-    def __init__(self, f: Objective, seed: int) -> None:
-        self._f = f
+    basis = "krylov"
+
+    def __init__(self, f: Objective, seed: int, delta: float) -> None:
+        self._f, self._delta = f, delta
         self._start = random_unit_vector(f.n, seed, "sharpness", f.dtype, f.device)
         self._next, self._shift = self._start, 0.0
         self._log_growth, self._grown = 0.0, 0
@@ -52,9 +54,9 @@ class PowerIteration:
             self._log_growth += math.log(self._norm)
             self._next = (image / self._norm).to(self._f.dtype)
 
-    def bounds(self, delta: float, product_error: float) -> Bounds:
+    def bounds(self, product_error: float) -> Bounds:
         """Bound λ₁ from both sides, with probability at least 1 − δ, rounding included."""
-        bound = growth_upper_bound(self._log_growth, self._grown, self._f.n, delta) if self._norm > 0 else 0.0
+        bound = growth_upper_bound(self._log_growth, self._grown, self._f.n, self._delta) if self._norm > 0 else 0.0
         value, upper = (self._unit * (x - self._shift) for x in (self._value, max(bound, self._value)))
         floor = MARGIN * product_error + REDUCTION_ULPS * torch.finfo(self._f.dtype).eps * self._unit * self._norm
         return Bounds(value, value - floor, upper + floor, floor)
