@@ -130,7 +130,7 @@ def _in_memory(tensors: Any, batch_size: int | None = None) -> Batches:
 
 
 def take_rows(batch: Batch, rows: list[int]) -> Batch:
-    """These rows of a batch whose :func:`row_count` is known, as a copy."""
+    """Copy these rows of a batch whose :func:`row_count` is known."""
     index, total = torch.tensor(rows, dtype=torch.int64, device="cpu"), row_count(batch)
     return _map_rows(
         lambda tensor: tensor[index.to(tensor.device)],

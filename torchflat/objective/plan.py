@@ -65,9 +65,7 @@ def choose_rows(bytes_per_row: float, budget: int, device: torch.device, limit: 
     return (rows, reason) if limit is None or rows <= limit else (limit, "memory ran out above")
 
 
-def graphs_that_fit(
-    rows: int, batch: int, microbatch: int, bytes_per_row: float, room: int
-) -> tuple[int, int]:
+def graphs_that_fit(rows: int, batch: int, microbatch: int, bytes_per_row: float, room: int) -> tuple[int, int]:
     """Return how many micro-batches ``rows`` rows make, in batches of ``batch``, and how many of them ``room`` holds.
 
     >>> graphs_that_fit(rows=1000, batch=1000, microbatch=128, bytes_per_row=10.0, room=4000)
