@@ -1,4 +1,4 @@
-"""The plan of a pass: how many rows at once and why, how many graphs are kept, and what happens when memory runs out."""
+"""The plan of a pass: how many rows at once and why, how many graphs are kept, what happens when memory runs out."""
 
 from __future__ import annotations
 
