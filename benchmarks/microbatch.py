@@ -20,7 +20,7 @@ from torchflat import Objective
 from torchflat.objective.plan import FASTEST_GRAPH, LARGEST_MICROBATCH
 
 MIB = 2**20
-SIZES = (8, 16, 32, 64, FASTEST_GRAPH // MIB, 256, 512)
+SIZES = (4, 16, 32, 64, FASTEST_GRAPH // MIB, 256, 512)
 ROWS = 4 * LARGEST_MICROBATCH
 Case = tuple[nn.Module, nn.Module, tuple[Tensor, Tensor], float]
 
@@ -58,10 +58,10 @@ def cases() -> dict[str, Case]:
     rows, images = torch.rand(ROWS, 784), torch.rand(1024, 1, 32, 32)
     characters = torch.randint(96, (256, 64))
     return {
-        "ReLU, 3 x 64": (relu(64, 3), nn.MSELoss(), (rows[:, :64], rows[:, 64:128]), 5),
-        "ReLU, 6 x 784": (relu(784, 6), nn.MSELoss(), (rows, rows), 60),
-        "ResNet-18, 32 x 32": (residual, nn.CrossEntropyLoss(), (images, torch.randint(10, (len(images),))), 60),
-        "transformer, 4 x 128": (Transformer(), nn.CrossEntropyLoss(), (characters, characters), 40),
+        "ReLU, 3 x 64": (relu(64, 3), nn.MSELoss(), (rows[:, :64], rows[:, :64]), 5),
+        "ReLU, 6 x 784": (relu(784, 6), nn.MSELoss(), (rows, rows), 20),
+        "ResNet-18, 32 x 32": (residual, nn.CrossEntropyLoss(), (images, torch.randint(10, (len(images),))), 20),
+        "transformer, 4 x 128": (Transformer(), nn.CrossEntropyLoss(), (characters, characters), 20),
     }
 
 

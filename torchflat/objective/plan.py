@@ -21,7 +21,7 @@ PROBE_ROWS = 16
 LARGEST_MICROBATCH = 4096
 # One graph takes at most this share of the budget, so that the workspace stays small beside what is retained.
 GRAPH_SHARE = 1 / 16
-# Measured on networks of 2 KiB to 5 MiB a row: within about a twentieth of the fastest size on each.
+# Measured on networks of 2 KiB to 5 MiB a row: within about a tenth of the fastest size on each.
 FASTEST_GRAPH = 128 * 2**20
 
 
