@@ -11,7 +11,7 @@ from networks import network
 from scipy import stats
 from torch import Tensor, nn
 
-from torchflat import Objective, sharpness
+from torchflat import Objective, Task, audit, sharpness
 from torchflat.errors import UsageError
 from torchflat.objective.forms import Forms
 from torchflat.spectrum.sampling import Sampling, _standard_error, sampling_interval
@@ -174,3 +174,16 @@ def test_it_takes_a_sharpness_and_a_vector_of_any_length() -> None:
 def test_what_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         sampling_interval(linear(torch.ones(9, 4).double()), **{"vector": torch.ones(4), **arguments})
+
+
+@pytest.mark.parametrize(("rows", "known"), [(100, True), (5, False)])
+def test_it_is_in_the_report_beside_the_interval_of_the_measurement(rows: int, known: bool) -> None:
+    x = drawn(rows, torch.Generator().manual_seed(0))
+    report = audit(Task(nn.Linear(4, 1).double(), nn.MSELoss(), (x, x[:, :1])), parts=("sharpness",)).content
+    fresh, measured = report["sharpness"]["sampling"], report["sharpness"]
+    assert fresh["value"] == pytest.approx(measured["value"], rel=1e-6)
+    assert (fresh["lower"] is not None) == known == (fresh["upper"] is not None)
+    if known:
+        assert fresh["lower"] < measured["lower"] and measured["upper"] < fresh["upper"]
+    else:
+        assert any("5 rows are too few" in note for note in report["provenance"]["notes"])
