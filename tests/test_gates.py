@@ -229,3 +229,10 @@ def test_any_text_is_either_a_gate_or_a_usage_error(text: str) -> None:
     except UsageError:
         return
     assert gate.evaluate(REPORT).outcome in Outcome
+
+
+def test_the_interval_of_fresh_data_can_be_gated() -> None:
+    report = {"sharpness": {"value": 3.0, "sampling": {"value": 3.0, "lower": 2.5, "upper": 3.5}}}
+    assert evaluate("sharpness.sampling.upper < 4", report).outcome is Outcome.FAIL
+    assert evaluate("sharpness.sampling.value > 3.2", report).outcome is Outcome.INCONCLUSIVE
+    assert evaluate("sharpness.sampling.upper > 4", {"sharpness": {"value": 3.0}}).outcome is Outcome.INCONCLUSIVE

@@ -80,6 +80,15 @@ def fake_report() -> dict[str, Any]:
             "products": "retained",
             "microbatch": 1000,
             "memory_bytes": 2 << 30,
+            "plan": {
+                "microbatch": 1000,
+                "reason": "as given",
+                "graphs": 10,
+                "planned": 9,
+                "kept": 7,
+                "bytes_per_row": 40_960.0,
+                "seconds_per_row": 4.1e-4,
+            },
             "seed": 0,
             "command": "torchflat audit denoiser.safetensors --task denoiser.py:task -o audit",
             "config": {"rtol": 0.01, "confidence": 0.99, "budget": None, "spectrum": {"k": 8, "smallest": 3}},
@@ -113,6 +122,15 @@ def fake_report() -> dict[str, Any]:
             "steps": 16,
             "cost": cost(16, 21.4),
             "largest_stable_step": {"value": 2 / 3.4673, "lower": 2 / 3.47091, "upper": 2 / 3.46602},
+            "sampling": {
+                "value": 3.4673,
+                "lower": 3.2714,
+                "upper": 3.6632,
+                "confidence": 0.99,
+                "standard_error": 0.0521,
+                "groups": 64,
+                "cost": cost(1, 1.4),
+            },
             "history": [
                 {
                     "products": k,
@@ -256,6 +274,7 @@ def unknown_report() -> dict[str, Any]:
                 "starts",
                 "steps",
                 "samples",
+                "groups",
                 "grid",
                 "products",
             )
@@ -498,6 +517,41 @@ def test_text_says_what_matters() -> None:
     assert re.search(r"^λₙ smallest +-0\.2131 ", text, re.MULTILINE)
     assert "895 gradients (447 products), 5 min 26 s, 1.5 GiB at the peak" in text
     assert "PARTIAL" not in text
+
+
+def test_text_tells_the_chance_of_the_data_from_that_of_the_measurement() -> None:
+    report = fake_report()
+    lines = Report(report).text().splitlines()
+    (line,) = (line for line in lines if "fresh data" in line)
+    assert line == "· on fresh data of the same size: λ₁ in [3.27, 3.67] with 99 %, to first order"
+    report["sharpness"]["sampling"].update(lower=None, upper=None, standard_error=None)
+    assert "fresh data" not in Report(report).validate().text()
+    del report["sharpness"]["sampling"]
+    assert "fresh data" not in Report(report).validate().text()
+
+
+def test_text_and_page_say_how_passes_went_through_the_data() -> None:
+    report = fake_report()
+    said = "1,000 rows at once (as given), 7 of 10 graphs kept in the end, 9 expected, 40 KiB a row"
+    assert said in " ".join(Report(report).text().split())
+    assert f"Passes over the data: {said}." in page.report_page(report, {})
+    report["provenance"]["plan"] = {"microbatch": None, "reason": "batches cannot be cut", "graphs": None, "kept": 0}
+    assert "plan: batches cannot be cut\n" in Report(report).validate().text()
+    report["provenance"]["plan"] = None
+    assert "plan:" not in Report(report).validate().text()
+
+
+def test_page_and_figure_show_where_the_sharpness_would_lie_on_fresh_data() -> None:
+    report = fake_report()
+    shown = page.report_page(report, {"eigenvalues": figures.png(figures.eigenvalues(report))})
+    sentence = re.sub("<[^>]+>", "", shown)
+    assert "On fresh data of the same size λ1 of this network would lie in [3.27, 3.67]" in sentence
+    assert "The grey bar behind λ₁ is where it would lie on fresh data: 3.47, between 3.27 and 3.67." in shown
+    (bar,) = (line for line in figures.eigenvalues(report).axes[0].lines if line.get_label() == "λ₁ on fresh data")
+    assert list(bar.get_ydata()) == [3.2714, 3.6632]
+    del report["sharpness"]["sampling"]
+    assert "fresh data" not in page.report_page(report, {})
+    assert "λ₁ on fresh data" not in [line.get_label() for line in figures.eigenvalues(report).axes[0].lines]
 
 
 def test_text_explains_what_did_not_converge() -> None:

@@ -5,7 +5,7 @@ from torchflat.audit.run import audit
 from torchflat.audit.task import Task
 from torchflat.objective import Objective
 from torchflat.result import Cost, Interval, Status
-from torchflat.spectrum import block_sharpness, eigenpairs, sharpness, spectral_density, trace
+from torchflat.spectrum import block_sharpness, eigenpairs, sampling_interval, sharpness, spectral_density, trace
 
 __version__ = "0.1.0"
 
@@ -19,6 +19,7 @@ __all__ = [
     "audit",
     "block_sharpness",
     "eigenpairs",
+    "sampling_interval",
     "sharpness",
     "spectral_density",
     "trace",

@@ -203,6 +203,8 @@ def eigenvalues(report: Mapping[str, Any]) -> Figure:
             colours = [ORANGE if (row["value"] or 0) < 0 else BLUE for row in rows]
             for x, (row, colour) in enumerate(zip(rows, colours, strict=True)):
                 _interval(axes, x, row, colour)
+            if not smallest:
+                _fresh_data(axes, report.get("sharpness", {}).get("sampling"))
             axes.set_title("Smallest eigenvalues" if smallest else "Largest eigenvalues")
             axes.set_xticks(range(len(names)), names)
             axes.set_xlim(-0.6, len(names) - 0.4)
@@ -211,6 +213,15 @@ def eigenvalues(report: Mapping[str, Any]) -> Figure:
             if low < 0 < high:
                 axes.axhline(0, color=INK, linewidth=1)
         return figure
+
+
+def _fresh_data(axes: Axes, sampling: Mapping[str, Any] | None) -> None:
+    """Draw behind λ₁ where it would lie on fresh data of the same size: wider and paler than any interval."""
+    if sampling is None or sampling["lower"] is None or sampling["upper"] is None:
+        return
+    style: dict[str, Any] = {"color": GREY, "linewidth": 22, "alpha": 0.25, "solid_capstyle": "butt", "zorder": 1}
+    axes.plot([0, 0], [sampling["lower"], sampling["upper"]], label="λ₁ on fresh data", **style)
+    axes.legend(loc="upper right", handlelength=0.8)
 
 
 def _interval(axes: Axes, x: float, row: Mapping[str, Any], colour: str) -> None:

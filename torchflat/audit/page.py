@@ -22,6 +22,7 @@ from torchflat.audit.report import (
     memory,
     notes_of,
     number,
+    plan_sentence,
     printable,
     share,
     shorten,
@@ -107,6 +108,7 @@ def _headline(sharpness: Mapping[str, Any] | None, more: str) -> str:
         f'<span class="ending">{_badge(sharpness["status"])}{more}</span></p>'
         f"<p>{_step_sentence(sharpness)}</p>"
         f"<p>{_interval_sentence(sharpness, interval, level)}</p>"
+        f"{_fresh_data(sharpness.get('sampling'))}"
         "</div>"
     )
 
@@ -141,6 +143,17 @@ def _interval_sentence(sharpness: Mapping[str, Any], interval: str, level: str) 
     )
 
 
+def _fresh_data(sampling: Mapping[str, Any] | None) -> str:
+    if sampling is None or sampling["lower"] is None:
+        return ""
+    level, error = confidence(sampling["confidence"]), _number(sampling.get("standard_error"), 2)
+    return (
+        f"<p>On fresh data of the same size λ<sub>1</sub> of this network would lie in {_span(sampling)[1]} in about "
+        f"{level} of the cases, to first order. That is the chance in the draw of the rows (standard error {error}), "
+        "not in the measurement; where these rows are all there could be, it does not apply.</p>"
+    )
+
+
 def _facts(report: Mapping[str, Any]) -> str:
     point = report.get("point")
     if point is None:
@@ -171,7 +184,7 @@ def _spectrum_section(report: Mapping[str, Any], pictures: Mapping[str, bytes]) 
             for index, row in reversed(list(enumerate(pairs["smallest"])))
         ]
         if "eigenvalues" in pictures:
-            body += _figure(pictures["eigenvalues"], _eigenvalues_alt(pairs))
+            body += _figure(pictures["eigenvalues"], _eigenvalues_alt(pairs, sharpness.get("sampling")))
         heads = [("", ""), ("value", "n"), ("interval", ""), ("residual", "n")]
         lines = [
             f'<th scope="row">{name}</th>' + _interval_cells(row) + _cell(_number(row.get("residual"), 2), "n")
@@ -181,9 +194,12 @@ def _spectrum_section(report: Mapping[str, Any], pictures: Mapping[str, bytes]) 
     return _section("spectrum", "Top and bottom of the spectrum", body)
 
 
-def _eigenvalues_alt(pairs: Mapping[str, Any]) -> str:
+def _eigenvalues_alt(pairs: Mapping[str, Any], sampling: Mapping[str, Any] | None) -> str:
     ends = [(f"the {end} is {_words(pairs[end][0])}") for end in ("largest", "smallest") if pairs[end]]
-    return f"Eigenvalues with their intervals: {'; '.join(ends)}."
+    known = f"Eigenvalues with their intervals: {'; '.join(ends)}."
+    if sampling is None or sampling["lower"] is None or not pairs["largest"]:
+        return known
+    return f"{known} The grey bar behind λ₁ is where it would lie on fresh data: {_words(sampling)}."
 
 
 def _density_section(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
@@ -273,6 +289,8 @@ def _cost_section(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> s
     )
     peak = total.get("peak_memory_bytes")
     more = "" if peak is None else f"<p>Memory at the peak: {memory(peak)}.</p>"
+    if plan := plan_sentence(report["provenance"].get("plan")):
+        more += f"<p>Passes over the data: {_text(plan)}.</p>"
     return _section("cost", "Cost", f"<p>{meaning}</p>{_table(heads, rows)}{more}")
 
 

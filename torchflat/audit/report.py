@@ -317,8 +317,14 @@ def _numbers_text(report: Mapping[str, Any]) -> Iterator[str]:
     if rows:
         yield ""
         yield from _table([("", "value", "interval", "conf.", ""), *rows], right=(1, 3))
-    if report.get("sharpness", {}).get("largest_stable_step", ...) is None:
+    sharpness = report.get("sharpness", {})
+    if sharpness.get("largest_stable_step", ...) is None:
         yield "2/λ₁ stable step: none, because λ₁ is not positive"
+    fresh = sharpness.get("sampling")
+    if fresh and fresh["lower"] is not None:
+        interval = span(fresh["value"], fresh["lower"], fresh["upper"])[1]
+        level = confidence(fresh["confidence"])
+        yield from _wrap(f"on fresh data of the same size: λ₁ in {interval} with {level}, to first order", "·")
 
 
 def _measured(report: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], float | None, str]]:
@@ -394,6 +400,8 @@ def _footer_text(report: Mapping[str, Any]) -> Iterator[str]:
         )
         peak = cost.get("peak_memory_bytes")
         yield from _wrap(f"cost: {spent}" + ("" if peak is None else f", {memory(peak)} at the peak"), "·")
+    if plan := plan_sentence(provenance.get("plan")):
+        yield from _wrap(f"plan: {plan}", "·")
     facts: Sequence[str | None] = (
         f"torchflat {provenance['torchflat']}",
         f"torch {provenance['torch']}",
@@ -403,6 +411,22 @@ def _footer_text(report: Mapping[str, Any]) -> Iterator[str]:
         f"{provenance['ops']} kernels" if provenance.get("ops") else None,
     )
     yield from _wrap(", ".join(fact for fact in facts if fact), "·")
+
+
+def plan_sentence(plan: Mapping[str, Any] | None) -> str:
+    """Say how passes went through the data: ``128 rows at once (as given), 3 of 8 graphs kept, 12 KiB a row``."""
+    if not plan:
+        return ""
+    rows, graphs, each = plan.get("microbatch"), plan.get("graphs"), plan.get("bytes_per_row")
+    reason = plan.get("reason", "")
+    facts = [reason if rows is None else f"{count(rows)} rows at once" + (f" ({reason})" if reason else "")]
+    if graphs is not None:
+        planned = plan.get("planned")
+        expected = "" if planned is None else f", {count(planned)} expected"
+        facts.append(f"{count(plan.get('kept'))} of {count(graphs)} graphs kept in the end{expected}")
+    if each is not None:
+        facts.append(f"{memory(each)} a row")
+    return ", ".join(fact for fact in facts if fact)
 
 
 _TEXT_PARTS = (_header_text, _numbers_text, _blocks_text, _notes_text, _footer_text)

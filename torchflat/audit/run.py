@@ -28,6 +28,7 @@ from torchflat.spectrum import NotConvergedWarning, Sharpness, block_sharpness, 
 from torchflat.spectrum.eigenpairs import Eigenpairs, extremal
 from torchflat.spectrum.krylov import Krylov
 from torchflat.spectrum.run import Run
+from torchflat.spectrum.sampling import sampling_interval
 
 __all__ = ["Interrupted", "Progress", "audit"]
 
@@ -234,7 +235,14 @@ class _Audit:
             krylov=self.krylov,
         )
         self.top = answer.vector
-        return _sharpness_part(answer)
+        part = self.content["sharpness"] = _sharpness_part(answer)
+        if not self._tell("fresh data"):
+            fresh = sampling_interval(self.f, answer, options.confidence, options.seed)
+            keys = ("value", "lower", "upper", "confidence", "standard_error", "groups", "cost")
+            part["sampling"] = _picked(fresh, *keys)
+            if fresh.note:
+                self.notes.append(fresh.note)
+        return part
 
     def _eigenvalues(self) -> dict[str, Any]:
         options = self.options

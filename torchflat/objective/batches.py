@@ -20,7 +20,7 @@ from torch.utils import data as torch_data
 from torchflat.errors import DataError
 from torchflat.objective.state import random_states_kept
 
-__all__ = ["Batches", "as_batches", "describe", "map_tensors", "row_count", "rows_of", "slice_rows"]
+__all__ = ["Batches", "as_batches", "describe", "map_tensors", "row_count", "rows_of", "slice_rows", "take_rows"]
 
 Batch = Any
 
@@ -88,7 +88,7 @@ class Batches:
                     raise DataError("the batches cannot be cut into rows, so no subset of rows can be drawn from them")
                 inside = wanted[(wanted >= offset) & (wanted < offset + count)] - offset
                 if len(inside):
-                    pieces.append(_take(batch, inside.tolist()))
+                    pieces.append(take_rows(batch, inside.tolist()))
                 offset += count
         return Batches(pieces, len(wanted))
 
@@ -139,10 +139,11 @@ def _in_memory(tensors: Any, batch_size: int | None = None) -> Batches:
         raise DataError(f"the tensors of the data must have the same number of rows; their shapes are {shapes}")
     size = batch_size or max(1, rows)
     source = [slice_rows(tensors, start, min(start + size, rows)) for start in range(0, rows, size)]
-    return Batches(source, rows, lambda indices: _in_memory(_take(tensors, indices), batch_size))
+    return Batches(source, rows, lambda indices: _in_memory(take_rows(tensors, indices), batch_size))
 
 
-def _take(batch: Batch, rows: list[int]) -> Batch:
+def take_rows(batch: Batch, rows: list[int]) -> Batch:
+    """Copy these rows of a batch whose :func:`row_count` is known."""
     index, total = torch.tensor(rows, dtype=torch.int64, device="cpu"), row_count(batch)
     return _map_rows(
         lambda tensor: tensor[index.to(tensor.device)],
@@ -191,7 +192,7 @@ def _ordered(loader: torch_data.DataLoader[Any], indices: Sequence[int]) -> Batc
         # The same batches without a Python call per row.
         tensors = list(dataset.tensors)
         everything = len(indices) == len(dataset) and all(row == index for row, index in enumerate(indices))
-        return _in_memory(tensors if everything else _take(tensors, list(indices)), size)
+        return _in_memory(tensors if everything else take_rows(tensors, list(indices)), size)
     groups = [indices[start : start + size] for start in range(0, len(indices), size)]
     source = _reloaded(loader, batch_sampler=groups)
     return Batches(source, len(indices), lambda rows: _ordered(loader, [indices[row] for row in rows]))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,19 +22,17 @@ from torchflat.objective.batches import Batches, row_count, rows_of, slice_rows
 from torchflat.objective.evaluation import Term, first_line, out_of_memory
 from torchflat.objective.ledger import Ledger
 from torchflat.objective.memory import Memory, graph_bytes, return_freed_pages
+from torchflat.objective.plan import PROBE_ROWS, Plan, choose_rows, graphs_that_fit
+from torchflat.objective.preflight import SAMPLE_ROWS
 from torchflat.objective.scores import RowCurvature
 
 __all__ = ["Graph", "Graphs", "NotDifferentiable", "finite", "non_finite"]
 
-PROBE_ROWS = 16
-LARGEST_MICROBATCH = 4096
 # A product needs about as much again as the graph it runs through; two are kept free, one for a graph being rebuilt.
 WORKSPACE_GRAPHS = 2
 # Vectors of length n, in float64, that a product and the step of the iteration that asked for it take at their peak:
 # six are alive at once, and three more were measured to stay in the allocator's heap.
 WORKSPACE_VECTORS = 9
-# One graph takes at most this share of the budget, so that the workspace stays small beside what is retained.
-GRAPH_SHARE = 1 / 16
 
 
 class NotDifferentiable(LossError):
@@ -90,7 +89,12 @@ class Graphs:
         self.term, self.batches, self.leaves = term, batches, leaves
         self.memory, self.ledger = memory, ledger
         self.microbatch = microbatch
+        self.limit = microbatch
         self.splittable = True
+        self.reason = "as given"
+        self._bytes_per_row: float | None = None
+        self._planned: tuple[int | None, int | None] = None, None
+        self._built_rows, self._built_seconds = 0, 0.0
         self._kept: dict[int, Graph] = {}
         self._count: int | None = None
         self._largest = 0
@@ -108,15 +112,53 @@ class Graphs:
             return "rebuilt"
         return "retained" if len(self._kept) == self._count else "mixed"
 
+    @property
+    def plan(self) -> Plan:
+        """How passes go through the data, as far as it is known."""
+        graphs, planned = self._planned
+        rows, reason = (self.microbatch, self.reason) if self.splittable else (None, "batches cannot be cut")
+        seconds = self._built_seconds / self._built_rows if self._built_rows else None
+        return Plan(rows, reason, self._count or graphs, planned, len(self._kept), self._bytes_per_row, seconds)
+
     def choose_microbatch(self) -> None:
-        """Set ``microbatch`` to the rows whose graph takes its share of the budget, from a graph of a few rows."""
-        batch = self.batches.first(PROBE_ROWS)
-        probe = max(1, rows_of(batch))
+        """Set ``microbatch``, from the graph of a few rows, unless it is set."""
+        if not self.splittable or self.microbatch is not None:
+            return
+        batch = self.batches.first()
+        largest = rows_of(batch)
+        if row_count(batch) is not None:
+            batch = slice_rows(batch, 0, min(largest, PROBE_ROWS, self.limit or PROBE_ROWS))
         graph = self._build(batch, 0)
-        self._largest = 0
-        share = int(self.memory.total * GRAPH_SHARE / max(1, graph.bytes / probe))
-        # No fewer than were just tried: single rows save no memory worth the time.
-        self.microbatch = max(probe, min(share, LARGEST_MICROBATCH))
+        size = self._bytes_per_row = graph.bytes / max(1, graph.rows)
+        self.microbatch, self.reason = choose_rows(size, self.memory.total, self.term.device, self.limit)
+        self._largest = int(size * min(self.microbatch, largest))
+        self._planned = graphs_that_fit(self.batches.rows, largest, self.microbatch, size, self._room())
+        # What is small is slow, and takes little: it would mislead.
+        self._largest, self._built_rows, self._built_seconds = 0, 0, 0.0
+
+    def follow(self, other: Graphs) -> None:
+        """Take over what was found out about the same function on other rows, or at another point."""
+        self.splittable, self.reason, self._bytes_per_row = other.splittable, other.reason, other._bytes_per_row
+
+    def relieve(self) -> str | None:
+        """Need less memory, after it ran out; return what was done, or None where nothing is left to do.
+
+        Retained graphs go first, and half of them at most come back; then micro-batches are halved.
+        """
+        kept = sum(graph.bytes for graph in self._kept.values())
+        rows = self.microbatch or self.limit or SAMPLE_ROWS
+        if kept:
+            self.memory.total = self.memory.vectors + self.memory.graphs - kept // 2
+        elif not self.splittable or rows <= 1:
+            return None
+        else:
+            self.limit = rows // 2
+            if self.microbatch is not None:
+                self.microbatch, self.reason = self.limit, "memory ran out above"
+        self.clear()
+        if kept:
+            return "memory ran out before the budget was spent: fewer graphs were kept"
+        return "memory ran out: fewer rows went through the model at once"
 
     def microbatches(self) -> Iterator[Any]:
         """All rows, in pieces of at most ``microbatch``; batches that cannot be cut stay whole.
@@ -225,6 +267,7 @@ class Graphs:
     def clear(self) -> None:
         """Drop every retained graph."""
         self._kept.clear()
+        self._count, self._largest = None, 0
 
     def evaluate(self, batch: Any, index: int) -> tuple[Tensor, float]:
         """Loss sum and weight of one micro-batch."""
@@ -259,12 +302,20 @@ class Graphs:
         tensors = {f"batch[{key!r}]": item for key, item in items.items() if isinstance(item, Tensor)}
         return non_finite(what, {**self.leaves, **self.term.constants, **tensors})
 
+    def built(self, batch: Any, index: int) -> Graph:
+        """Build the graph of rows that are no micro-batch; it is not kept."""
+        self._drop_beyond_budget()
+        return self._build(batch, index)
+
     def _build(self, batch: Any, index: int) -> Graph:
+        started = time.perf_counter()
         leaves = self.parameters
         _, weight, gradients = self.differentiate(batch, index, create_graph=True)
         edges = tuple(get_gradient_edge(gradient) if gradient.requires_grad else None for gradient in gradients)
         size = graph_bytes({edge.node for edge in edges if edge is not None}, [*leaves, *self.term.constants.values()])
         self._largest = max(self._largest, size)
+        self._built_rows += rows_of(batch)
+        self._built_seconds += time.perf_counter() - started
         return Graph(weight, rows_of(batch), edges, leaves, size)
 
     def _keep(self, index: int, graph: Graph) -> None:

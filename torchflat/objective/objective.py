@@ -14,7 +14,8 @@ from torchflat import ops
 from torchflat.errors import LossError, NonFiniteError, UsageError
 from torchflat.objective.accuracy import Accuracy, second_derivative_fault
 from torchflat.objective.batches import Batches, as_batches, rows_of
-from torchflat.objective.evaluation import FunctionTerm, ModelTerm, Term, unwrapped
+from torchflat.objective.evaluation import FunctionTerm, ModelTerm, Term, out_of_memory, unwrapped
+from torchflat.objective.forms import Forms, group_forms
 from torchflat.objective.graphs import Graphs, NotDifferentiable, finite
 from torchflat.objective.ledger import Ledger
 from torchflat.objective.memory import Memory, parse_bytes, return_freed_pages
@@ -188,6 +189,7 @@ class Objective:
             "ops": ops.backend(self.device),
             "products": self._graphs.path,
             "microbatch": self._graphs.microbatch,
+            "plan": self._graphs.plan.to_dict(),
             "memory_bytes": self.memory.total,
             "notes": list(self._term.notes),
         }
@@ -261,6 +263,28 @@ class Objective:
         if not all(map(finite, products.values())):
             raise self._attempt(lambda: self._graphs.non_finite_product(inputs))
         return products
+
+    def quadratic_forms(self, v: Tensor, groups: int = 64, seed: int = 0) -> Forms:
+        """vᵀH_g v, for v of shape (n,), of groups g of rows drawn at random by ``seed``, in one pass over the data.
+
+        vᵀHv = Σ sums / Σ weights of what is returned. There are ``groups`` of them at least, as far as there are rows.
+
+        >>> X = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> f = Objective(nn.Linear(2, 1, bias=False), nn.MSELoss(), (X, torch.zeros(2, 1)))
+        >>> sorted(f.quadratic_forms(torch.tensor([1.0, 1.0])).sums.tolist())
+        [2.0, 8.0]
+        """
+        if v.shape != (self.n,):
+            raise UsageError(f"v must have shape ({self.n},), not {tuple(v.shape)}")
+        v = v.detach().to(self.device, self.dtype)
+        self._verify()
+        _check_finite(v)
+        parts = self.layout.split(v)
+        forms = self._attempt(lambda: group_forms(self._graphs, parts, groups, seed))
+        if not finite(forms.sums):
+            raise self._attempt(lambda: self._graphs.non_finite_product([(range(len(parts)), parts)]))
+        forms.sums.add_(forms.weights, alpha=self.weight_decay * float(ops.dot([v], [v])))
+        return forms
 
     # What comes from it ----------------------------------------------------------------------------------------------
 
@@ -341,7 +365,7 @@ class Objective:
         other = Objective.__new__(Objective)
         ledger, rows = Ledger(batches.rows, self._ledger), microbatch or self._graphs.microbatch
         other._assemble(term, batches, self.layout, x, self.memory, ledger, rows, self.weight_decay, checked=True)
-        other._graphs.splittable = self._graphs.splittable
+        other._graphs.follow(self._graphs)
         shared = {id(tensor) for tensor in (self._x, *self._term.constants.values())}
         own = sum(tensor.nbytes for tensor in (x, *term.constants.values()) if id(tensor) not in shared)
         self.memory.keep_vectors(other, own)
@@ -372,28 +396,31 @@ class Objective:
         with self._ledger.timed(), self._term.session():
             if not self._checked:
                 graphs = self._graphs
-                limit = graphs.microbatch
+                limit = graphs.limit
                 graphs.splittable = preflight(self._term, graphs.parameters, self._batches, limit, self._ledger)
-                if graphs.splittable and graphs.microbatch is None:
-                    graphs.choose_microbatch()
+                graphs.choose_microbatch()
                 self._checked = True
             yield
 
     def _attempt(self, work: Callable[[], Result]) -> Result:
-        """Return what ``work`` does in a session; once more if a fused kernel gave way to its plain form."""
-        try:
-            with self._session():
-                return work()
-        except NotDifferentiable as error:
-            fused = any(sign in str(error).lower() for sign in FUSED_KERNEL_SIGNS)
-            if not fused or not self._term.without_fused_kernels():
-                raise
-        self._graphs.clear()
-        if self._automatic:
-            # Plain kernels keep more for the backward pass.
-            self._graphs.microbatch, self._checked = None, False
-        with self._session():
-            return work()
+        """Return what ``work`` does in a session; again if a fused kernel gives way, or if memory can be spared."""
+        while True:
+            try:
+                with self._session():
+                    return work()
+            except NotDifferentiable as error:
+                fused = any(sign in str(error).lower() for sign in FUSED_KERNEL_SIGNS)
+                if not fused or not self._term.without_fused_kernels():
+                    raise
+                self._graphs.clear()
+                if self._automatic:
+                    # Plain kernels keep more for the backward pass.
+                    self._graphs.microbatch, self._checked = None, False
+            except (RuntimeError, MemoryError) as error:
+                relief = self._graphs.relieve() if out_of_memory(error) else None
+                if relief is None:
+                    raise
+                self.note(relief)
 
     def _with_decay(self, sums: Tensor, vectors: Tensor) -> Tensor:
         if self.weight_decay:
