@@ -48,7 +48,7 @@ class Method:
 
     def installed(self) -> bool:
         """Whether what it needs is there."""
-        return all(importlib.util.find_spec(module) is not None for module in self.modules)
+        return all(importlib.util.find_spec(module.split(".")[0]) is not None for module in self.modules)
 
 
 # torchflat ------------------------------------------------------------------------------------------------------------

@@ -267,6 +267,6 @@ QUICK = (
     resnet("resnet18_quick", 1, 1_000, (50,)),
     transformer("transformer_quick", 1, 1_000, (20,)),
 )
-WIDTHS = tuple(denoiser(f"denoiser_width{w}", "adam", 1, 10_000, (5_000,), w) for w in (256, 512, 1024, 2048))
-QUICK_WIDTHS = tuple(denoiser(f"denoiser_width{w}_quick", "adam", 1, 5_000, (500,), w) for w in (128, 256))
+WIDTHS = tuple(denoiser(f"denoiser_width{w}", "adam", 3, 10_000, (5_000,), w) for w in (256, 512, 1024, 2048))
+QUICK_WIDTHS = tuple(denoiser(f"denoiser_width{w}_quick", "adam", 3, 5_000, (500,), w) for w in (128, 256))
 NETWORKS = {each.name: each for each in (*MAIN, *QUICK, *WIDTHS, *QUICK_WIDTHS)}

@@ -17,7 +17,10 @@ class Records:
     """Measured cells, looked up by what was asked."""
 
     def __init__(self, records: Sequence[Record]) -> None:
-        self.all = [record for record in records if record["status"] != "failed"]
+        finished = sorted((each for each in records if each["status"] != "failed"), key=lambda each: each["date"])
+        # The newest of each request: measured again, a probe may have chosen another batch size.
+        newest = {(place(each), *sorted(plain(each["setting"]).items())): each for each in finished}
+        self.all = list(newest.values())
         problems: dict[tuple[object, ...], str] = {}
         for record in self.all:
             key = (record["network"], record["rows"], record["setting"].get("order"))
@@ -27,20 +30,13 @@ class Records:
     def find(self, network: str, rows: int, method: str, /, **asked: Any) -> Record | None:
         """Return the cell of this very request, tuning aside."""
         for record in self.all:
-            if (record["network"], record["rows"], record["method"]) == (network, rows, method) and plain(
-                record["setting"]
-            ) == asked:
+            if place(record) == (network, rows, method) and plain(record["setting"]) == asked:
                 return record
         return None
 
     def of(self, network: str, rows: int, method: str, key: str) -> list[Record]:
         """Return the cells whose setting has ``key``."""
-        return [
-            record
-            for record in self.all
-            if (record["network"], record["rows"], record["method"]) == (network, rows, method)
-            and key in record["setting"]
-        ]
+        return [each for each in self.all if place(each) == (network, rows, method) and key in each["setting"]]
 
     def truth(self, network: str, rows: int) -> Record | None:
         """Return the cell with the true λ₁."""
@@ -85,6 +81,10 @@ class Records:
         """Return the network with a true value whose name begins so."""
         names = sorted({record["network"] for record in self.all if record["network"].startswith(beginning)})
         return next((name for name in names if self.sizes(name)), None)
+
+
+def place(record: Record) -> tuple[str, int, str]:
+    return record["network"], record["rows"], record["method"]
 
 
 def plain(setting: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ SEARCH_STEPS = 48
 REFERENCE: Setting = {"method": "lanczos", "rtol": 1e-6}
 OURS: tuple[Setting, ...] = ({"rtol": 1e-3}, {"rtol": 3e-3}, {"method": "lanczos", "rtol": 1e-2})
 ORDERS = ("shuffled", "sorted")
-ROWS = (1_000, 3_000, 10_000, 30_000, 60_000)
+ROWS, QUICK_ROWS = (1_000, 3_000, 10_000, 30_000, 60_000), (250, 500)
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -98,9 +98,9 @@ class Comparison:
                 return
 
     def _within_the_leanest(self, rows: int, records: Sequence[Record]) -> None:
-        """Measure the default with the memory and the batch size of the peer that needs least."""
+        """Measure the default with the memory and the batch size of the peer that needs least, if all were measured."""
         measured = [record for record in records if record["status"] != "failed"]
-        if measured:
+        if {record["method"] for record in measured} == set(PEERS):
             leanest = min(measured, key=lambda record: record["peak_bytes"])
             batch = min(leanest["setting"]["batch"], rows)
             self._ours(rows, {"memory": leanest["peak_bytes"], "microbatch": batch})
@@ -166,7 +166,8 @@ def measure_all(options: argparse.Namespace, folder: Path) -> None:
         scaled = next((each for each in networks if each.name.startswith("denoiser_adam")), None)
         if scaled is not None:
             top = scaled.rows[-1] if options.full else scaled.rows[0]
-            scaling(cells, scaled, widths, [rows for rows in ROWS if rows < top] + [top])
+            fewer = QUICK_ROWS if options.quick else ROWS
+            scaling(cells, scaled, widths, [*(rows for rows in fewer if rows < top), top])
 
 
 def main() -> None:

@@ -175,9 +175,10 @@ def any_order(records: Records) -> Verdict:
 
 
 def within_memory(records: Records) -> Verdict:
-    shares = [run["peak_bytes"] / run["setting"]["memory"] for run in records.all if "memory" in run["setting"]]
+    runs = [run for run in records.all if "memory" in run["setting"]]
+    shares = {(run["network"], run["rows"]): run["peak_bytes"] / run["setting"]["memory"] for run in runs}
     claim = "peak memory / the leanest peer's, which is the budget, at its batch size"
-    return Verdict(claim, 1.0, max(shares, default=None), at_least=False)
+    return Verdict(claim, 1.0, max(shares.values(), default=None), at_least=False)
 
 
 def two_processes(records: Records) -> Verdict:

@@ -237,10 +237,21 @@ def test_time_to_the_value_is_when_it_comes_to_stay() -> None:
     assert records.to_value({**run, "value": 1.9}) == math.inf
 
 
+def test_the_newest_cell_of_a_request_counts() -> None:
+    what = {"network": "n", "rows": 1, "method": "curvlinops"}
+    old = {**what, "setting": {"tol": 1e-3, "batch": 1}, **record(1.0, TRUTH, date="2001-01-01")}
+    new = {**what, "setting": {"tol": 1e-3, "batch": 2}, **record(2.0, TRUTH, date="2001-01-02")}
+    for made in ([old, new], [new, old]):
+        assert Records(made).all == [new]
+
+
 def test_cells_of_different_weights_are_refused() -> None:
-    what = {"network": "n", "rows": 1, "method": "torchflat", "setting": {}}
+    what = {"network": "n", "rows": 1, "method": "torchflat"}
+    first = {**what, "setting": {}, **record(1.0, TRUTH)}
+    other = {**what, "setting": {"rtol": 1e-3}, **record(1.0, TRUTH, problem="other")}
+    assert len(Records([first, {**other, "problem": "same"}]).all) == 2
     with pytest.raises(SystemExit, match="--redo"):
-        Records([{**what, **record(1.0, TRUTH)}, {**what, **record(1.0, TRUTH, problem="other")}])
+        Records([first, other])
 
 
 def test_the_report_is_written_beside_the_cells(tmp_path: Path) -> None:
