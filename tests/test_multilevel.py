@@ -159,16 +159,20 @@ def spiked(seed: int = 0, rows: int = 60_000, n: int = 150) -> FiniteSum:
 
 def test_many_rows_take_few_products_of_all_of_them() -> None:
     item = spiked()
-    answer = sharpness(item.objective)
-    plain = sharpness(spiked().objective, method="lanczos")
+    answer = sharpness(item.objective, method="multilevel")
+    plain = sharpness(spiked().objective)
+    assert plain.basis == "krylov", "a problem of so few parameters needs few products anyway"
     assert answer.status is Status.CONVERGED and answer.basis == "shards"
     assert answer.lower <= item.sharpness <= answer.upper
     assert abs(answer.value - item.sharpness) <= 1e-3 * item.sharpness
-    assert answer.steps <= 4 and answer.cost.gradients < 0.5 * plain.cost.gradients
+    assert answer.steps <= 4 and answer.cost.gradients < plain.cost.gradients
 
 
 def test_tolerance_costs_corrections_and_not_more_shards() -> None:
-    coarse, fine = sharpness(spiked().objective), sharpness(spiked().objective, rtol=1e-4)
+    coarse, fine = (
+        sharpness(spiked().objective, method="multilevel"),
+        sharpness(spiked().objective, 1e-4, method="multilevel"),
+    )
     assert fine.status is Status.CONVERGED and fine.basis == "shards"
     assert fine.cost.gradients < coarse.cost.gradients + 10
 
@@ -176,7 +180,7 @@ def test_tolerance_costs_corrections_and_not_more_shards() -> None:
 def test_certificate_without_sampling() -> None:
     item = spiked()
     forced = sharpness(item.objective, method="multilevel", certify="krylov")
-    default = sharpness(item.objective, certify="krylov")
+    default = sharpness(item.objective, method="auto", certify="krylov")
     assert forced.basis == "deflation" and default.basis == "krylov"
     for answer in (forced, default):
         assert answer.status is Status.CONVERGED and answer.lower <= item.sharpness <= answer.upper
@@ -184,7 +188,7 @@ def test_certificate_without_sampling() -> None:
 
 def test_order_of_the_rows_does_not_matter() -> None:
     rng = np.random.default_rng(3)
-    rows, n, classes = 12_000, 15, 10
+    rows, n, classes = 12_000, 120, 10
     labels = np.sort(rng.integers(classes, size=rows))
     x = rng.standard_normal((rows, n)) + 2 * rng.standard_normal((classes, n))[labels]
     x[-120:] *= 6
@@ -196,6 +200,7 @@ def test_order_of_the_rows_does_not_matter() -> None:
         answers.append(sharpness(Objective(model, cross_entropy, data), seed=1))
     first, second = answers
     assert first.status is second.status is Status.CONVERGED
+    assert first.basis == second.basis == "shards"
     assert max(first.lower, second.lower) <= min(first.upper, second.upper)
 
 
@@ -219,19 +224,21 @@ def test_a_function_without_rows_is_left_to_lanczos() -> None:
 
 
 def test_same_seed_same_answer() -> None:
-    a, b = (sharpness(spiked().objective, seed=5) for _ in range(2))
+    a, b = (sharpness(spiked().objective, method="multilevel", seed=5) for _ in range(2))
     assert (a.value, a.lower, a.upper) == (b.value, b.lower, b.upper) and a.vector.equal(b.vector)
 
 
 def test_callback_sees_every_shard_and_can_stop() -> None:
     seen = []
     with pytest.warns(match="BUDGET"):
-        answer = sharpness(spiked().objective, callback=lambda known: seen.append(known) or len(seen) == 3)
+        answer = sharpness(
+            spiked().objective, method="multilevel", callback=lambda known: seen.append(known) or len(seen) == 3
+        )
     assert len(seen) == 3 and answer.basis == "none" and answer.upper == math.inf
     assert answer.lower <= spiked().sharpness
     assert answer.to_dict()["upper"] is None
     seen.clear()
-    sharpness(spiked().objective, callback=lambda known: seen.append(known) and False)
+    sharpness(spiked().objective, method="multilevel", callback=lambda known: seen.append(known) and False)
     assert len(seen) >= COUNT + 1
 
 
