@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from torchflat import Objective, Status, eigenpairs, sharpness
 from torchflat.errors import UsageError
 from torchflat.spectrum import NotConvergedWarning, Sharpness
 from torchflat.spectrum.krylov import Krylov
+from torchflat.spectrum.sharpness import _begun
 
 quiet = pytest.mark.filterwarnings("ignore::torchflat.spectrum.NotConvergedWarning")
 
@@ -382,3 +384,75 @@ def test_vector_has_unit_norm_and_the_dtype_of_f() -> None:
         vector: Tensor = sharpness(diagonal(*np.linspace(0, 1, 40), dtype=dtype)).vector
         assert vector.dtype == dtype
         assert float(torch.linalg.vector_norm(vector.double())) == pytest.approx(1, abs=1e-6)
+
+
+# Starting from an earlier answer --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fresh", [0.05, 1.0])
+@pytest.mark.parametrize("delta", [0.5, 0.1])
+def test_a_start_that_is_almost_an_eigenvector_does_not_spoil_the_calibration(delta: float, fresh: float) -> None:
+    missed = 0
+    for seed in range(60):
+        item = problem(seed, "bulk", 60)
+        # The vector of the second eigenvalue is the worst of all starts.
+        vectors = torch.linalg.eigh(item.matrix)[1]
+        second = dataclasses.replace(sharpness(item.objective), vector=vectors[:, -2].contiguous())
+        answer = sharpness(item.objective, 1e-3, 1 - delta, seed=seed, start=second, fresh=fresh)
+        assert answer.status is Status.CONVERGED and answer.basis == "krylov"
+        missed += not all(e["lower"] <= item.eigenvalues[-1] <= e["upper"] + 1e-12 for e in answer.history)
+    assert missed <= allowed(60, delta)
+
+
+def test_without_randomness_there_is_no_upper_bound() -> None:
+    f = quadratic(torch.diag(TRAP))
+    found = sharpness(f, rtol=1e-6)
+    tracked = sharpness(f, start=found, fresh=0)
+    assert tracked.status is Status.TRACKED and tracked.status.ok
+    assert tracked.upper == math.inf and tracked.basis == "none" and tracked.steps <= 2
+    assert tracked.value == pytest.approx(3.4673, rel=1e-6)
+    # At the second eigenvector nothing tells that there is another one, and nothing claims that there is none.
+    second = dataclasses.replace(found, vector=torch.eye(len(TRAP), dtype=torch.float64)[1])
+    stuck = sharpness(f, start=second, fresh=0)
+    assert stuck.status is Status.TRACKED and stuck.value == pytest.approx(3.4308) and stuck.upper == math.inf
+    # With randomness it is found, whatever the start.
+    assert sharpness(f, start=second).value == pytest.approx(3.4673, rel=1e-2)
+
+
+def test_tracking_takes_a_handful_of_products() -> None:
+    item = problem(3, "outlier", 300)
+    moved = item.matrix + 1e-3 * problem(4, "bulk", 300).matrix
+    found = sharpness(item.objective)
+    tracked = sharpness(quadratic(moved), start=found, fresh=0)
+    assert tracked.steps <= 4 < found.steps
+    assert tracked.value == pytest.approx(float(torch.linalg.eigvalsh(moved)[-1]), rel=1e-3)
+
+
+@quiet
+def test_tracking_that_does_not_settle_says_so() -> None:
+    item = problem(5, "bulk", 200)
+    first = sharpness(item.objective)
+    other = dataclasses.replace(first, vector=torch.ones(200, dtype=torch.float64) / math.sqrt(200))
+    assert sharpness(item.objective, rtol=1e-9, start=other, fresh=0, budget=8).status is Status.BUDGET
+
+
+def test_the_new_start_does_not_repeat_the_old_randomness() -> None:
+    item = problem(6, "bulk", 50)
+    found = sharpness(item.objective, seed=1)
+    run, again = (_begun(item.objective, 1, found, 1e9) for _ in range(2))
+    assert run.latest.equal(again.latest)
+    old = Krylov.of(item.objective, 1, "sharpness").latest
+    assert abs(float(run.latest @ old)) < 0.6
+
+
+def test_starts_that_do_not_fit_are_refused() -> None:
+    found = sharpness(diagonal(3.0, 1.0))
+    f = diagonal(3.0, 2.0, 1.0)
+    for arguments, what in (
+        ({"start": found}, "shape"),
+        ({"start": found, "method": "power"}, "start="),
+        ({"start": sharpness(f), "fresh": -1.0}, "fresh"),
+        ({"start": sharpness(f), "fresh": math.nan}, "fresh"),
+    ):
+        with pytest.raises(UsageError, match=what):
+            sharpness(f, **arguments)  # type: ignore[arg-type]

@@ -36,8 +36,10 @@ class Options:
     """How many of the largest eigenvalues."""
     smallest: int = 1
     """How many of the smallest eigenvalues."""
-    method: Literal["auto", "lanczos", "power"] = "auto"
-    """How to find the sharpness; power is the textbook iteration, as a cross-check."""
+    method: Literal["auto", "lanczos", "multilevel", "power"] = "auto"
+    """How to find the sharpness; multilevel takes few passes over many rows, power is a cross-check."""
+    certify: Literal["auto", "krylov"] = "auto"
+    """What its upper bound may rest on; krylov forbids bounds from a sample of the rows."""
     by: Literal["module", "tensor"] = "module"
     """What a block is."""
     params: tuple[str, ...] | None = None

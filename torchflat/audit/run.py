@@ -217,10 +217,14 @@ class _Audit:
 
     def _sharpness(self) -> dict[str, Any]:
         options = self.options
-        self.krylov = None if options.method == "power" else Krylov.of(self.f, options.seed, "sharpness")
+        # The eigenvalues need a run on all the data anyway, of which the sharpness is the first part.
+        if options.method in ("auto", "lanczos") and "eigenvalues" in options.parts:
+            self.krylov = Krylov.of(self.f, options.seed, "sharpness")
 
         def told(answer: Sharpness) -> bool:
             self.content["sharpness"] = _sharpness_part(replace(answer, status=Status.INTERRUPTED))
+            if answer.upper == math.inf:
+                return self._tell(f"λ₁ ≥ {answer.lower:.4g}, not bounded from above yet")
             width = (answer.upper - answer.lower) / abs(answer.value) if answer.value else math.inf
             return self._tell(f"λ₁ in [{answer.lower:.4g}, {answer.upper:.4g}], width {width:.1%}")
 
@@ -231,6 +235,7 @@ class _Audit:
             options.method,
             options.seed,
             BUDGET,
+            certify=options.certify,
             callback=told,
             krylov=self.krylov,
         )
