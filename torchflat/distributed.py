@@ -13,7 +13,7 @@ import pickle
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -61,7 +61,10 @@ class Team:
 
     def __init__(self, group: dist.ProcessGroup | None, rank: int, size: int, device: torch.device) -> None:
         self.group, self.rank, self.size, self.device = group, rank, size, device
-        self._working = self._interrupted = False
+
+    # Signals come to the process, whichever team it is at work in.
+    _working: ClassVar[bool] = False
+    _interrupted: ClassVar[bool] = False
 
     @classmethod
     def alone(cls) -> Team:
@@ -124,13 +127,13 @@ class Team:
             return
         error: BaseException | None = None
         try:
-            self._working = True
-            if self._interrupted:
+            Team._working = True
+            if Team._interrupted:
                 raise KeyboardInterrupt
             yield
-            self._working = False
+            Team._working = False
         except BaseException as caught:
-            error, self._working, self._interrupted = caught, False, False
+            error, Team._working = caught, False
         self._reduce(bucket, error)
         checksums, failed = self._tail(bucket)
         if any(failed):
@@ -183,10 +186,11 @@ class Team:
         finally:
             signal.signal(signal.SIGINT, before)
 
-    def _interrupt(self, *signal_and_frame: object) -> None:
-        if self._working:
+    @staticmethod
+    def _interrupt(*signal_and_frame: object) -> None:
+        if Team._working:
             raise KeyboardInterrupt
-        self._interrupted = True
+        Team._interrupted = True
 
     def _reduce(self, bucket: Bucket, error: BaseException | None) -> None:
         own = torch.zeros(2, self.size, dtype=torch.float64)
@@ -209,7 +213,7 @@ class Team:
         rank, found = next((rank, found) for rank, found in enumerate(told) if found is not None)
         found = error if rank == self.rank and error is not None else found
         if isinstance(found, KeyboardInterrupt):
-            self._interrupted = False
+            Team._interrupted = False
         elif None in told and len(found.args) == 1:
             found.args = (f"{found} (on process {rank} of {self.size})",)
         raise found

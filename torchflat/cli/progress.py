@@ -51,6 +51,6 @@ class Bars:
         )
 
 
-def say(message: str) -> None:
-    """Print a line about the run itself to stderr."""
-    print(f"torchflat: {message}", file=sys.stderr)
+def say(message: str, from_any_process: bool = False) -> None:
+    """Print a line about the run itself to stderr; if need be, also from a process that torchrun has made silent."""
+    print(f"torchflat: {message}", file=sys.__stderr__ if from_any_process else sys.stderr)
