@@ -384,7 +384,7 @@ class Objective:
     def _check(self) -> None:
         """Every rank does this on the same sample of all the data, and then takes its share of the rows."""
         team, graphs, limit = self.team, self._graphs, self._graphs.microbatch
-        bucket = Bucket(team, numbers=1, same="the data")
+        bucket = Bucket(team, numbers=1, same="the data, which every process is handed whole,")
         with team.summed(bucket):
             bucket.checksum = checksum(self._batches, CHECKED_ROWS) if team.size > 1 else 0.0
             splittable = preflight(self._term, graphs.parameters, self._batches, limit, self._ledger)
