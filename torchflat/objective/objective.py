@@ -21,6 +21,7 @@ from torchflat.objective.ledger import Ledger
 from torchflat.objective.memory import Memory, parse_bytes, return_freed_pages
 from torchflat.objective.preflight import preflight
 from torchflat.objective.state import random_states_kept
+from torchflat.objective.unsharded import unsharded
 from torchflat.parameters import Layout, select
 from torchflat.result import Cost
 
@@ -98,7 +99,7 @@ class Objective:
             raise UsageError(f"microbatch={microbatch}: it must be a positive number of rows, or None")
         if not math.isfinite(weight_decay):
             raise UsageError(f"weight_decay={weight_decay}: it must be a finite number")
-        model = unwrapped(model)
+        model = unsharded(unwrapped(model))
         names = select(model, params)
         own = dict(model.named_parameters())
         tensors = [own[name].detach() for name in names]
