@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -52,5 +53,6 @@ class Bars:
 
 
 def say(message: str, from_any_process: bool = False) -> None:
-    """Print a line about the run itself to stderr; if need be, also from a process that torchrun has made silent."""
-    print(f"torchflat: {message}", file=sys.__stderr__ if from_any_process else sys.stderr)
+    """Print a line about the run itself to stderr; if need be, also in a process that torchrun's rank 0 speaks for."""
+    silent = getattr(sys.stderr, "name", "") == os.devnull
+    print(f"torchflat: {message}", file=sys.__stderr__ if silent and from_any_process else sys.stderr)
