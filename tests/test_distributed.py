@@ -351,6 +351,9 @@ def differing(what: str) -> Any:
     digits = Digits()
     if what == "data":
         return regression((digits.x[rank:], digits.y[rank:])).value()
+    if what == "last row":
+        digits.y[28] += rank
+        return regression((digits.x, digits.y)).fingerprint()
     if what == "rows":
         return regression((digits.x + rank, digits.y)).value()
     if what == "derivative":
@@ -370,6 +373,7 @@ def differing(what: str) -> Any:
     [
         ("data", UsageError, "the data, which every process is handed whole, must be the same on all"),
         ("rows", UsageError, "the data, which every process is handed whole, must be the same on all"),
+        ("last row", UsageError, "the data, which every process is handed whole, must be the same on all"),
         ("vector", UsageError, "a vector that H is applied to, must be the same on all"),
         ("parameters", UsageError, "the point x, or"),
         ("finite vector", NonFiniteError, "NaN or infinity (on process 1 of"),

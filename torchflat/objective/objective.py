@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Objective"]
 
-# Rows by which it is told that two processes were given different data.
+# Rows by which it is told, before the first pass, that two processes were given different data.
 CHECKED_ROWS = 16
+SAME_DATA = "the data, which every process is handed whole,"
 # Rows that go through a model in float64 at once.
 EXACT_ROWS = 64
 # What autograd says of kernels that have a plain form which it can differentiate twice.
@@ -66,7 +68,8 @@ class Objective:
 
     In a group every process makes the same objective, of the same model and the same, whole data, and calls the same
     methods with the same arguments: each evaluates its share of the rows, every pass ends in one reduction, and all get
-    the answer that one process would get, up to rounding. Errors are raised on all. ``cost`` counts the work of all.
+    the answer that one process would get, up to rounding. Errors are raised on all. ``cost`` counts the work of all,
+    and ``team`` is how they meet.
 
     Raises:
         UsageError, DataError, LossError, NonFiniteError, ReproducibilityError: each names the cure.
@@ -211,8 +214,11 @@ class Objective:
 
     def fingerprint(self) -> str:
         """SHA-256 of the data, whole also where its rows are split over processes. One pass over it."""
-        with self.team.together():
-            return self._batches.fingerprint()
+        bucket = Bucket(self.team, same=SAME_DATA)
+        with self.team.summed(bucket):
+            digest = self._batches.fingerprint()
+            bucket.checksum = float(int(digest, 16) % 2**52)
+        return digest
 
     # What it gives ---------------------------------------------------------------------------------------------------
 
@@ -385,7 +391,7 @@ class Objective:
     def _check(self) -> None:
         """Every rank does this on the same sample of all the data, and then takes its share of the rows."""
         team, graphs, limit = self.team, self._graphs, self._graphs.microbatch
-        bucket = Bucket(team, numbers=1, same="the data, which every process is handed whole,")
+        bucket = Bucket(team, numbers=1, same=SAME_DATA)
         with team.summed(bucket):
             bucket.checksum = checksum(self._batches, CHECKED_ROWS) if team.size > 1 else 0.0
             splittable = preflight(self._term, graphs.parameters, self._batches, limit, self._ledger)
@@ -406,15 +412,24 @@ class Objective:
     def _mean(
         self, length: int, add: Callable[[Tensor], tuple[float, float]], vectors: Sequence[Tensor] = ()
     ) -> tuple[float, Tensor]:
-        """Return Σ loss / Σ weight and sums / Σ weight over the rows of all ranks, in one reduction.
+        """Return Σ loss / Σ weight and sums / Σ weight over the rows of all ranks; see :meth:`_sum`."""
+        total, weight, sums = self._sum(length, add, vectors)
+        if weight <= 0:
+            raise DataError("the weights of the data sum to zero: no row counts")
+        return total / weight, sums.div_(weight)
 
-        ``add`` adds what belongs to the rows of this rank to sums (length,) in float64, and returns its Σ loss and
-        Σ weight. ``vectors`` is what it reads besides x.
+    def _sum(
+        self, length: int, add: Callable[[Tensor], tuple[float, float]], vectors: Sequence[Tensor] = ()
+    ) -> tuple[float, float, Tensor]:
+        """Return Σ loss, Σ weight and sums (length,) over the rows of all ranks, in one reduction; book what it cost.
+
+        ``add`` adds what belongs to the rows of this rank to its argument, the sums in float64, and returns its Σ loss
+        and Σ weight. ``vectors`` is what it reads besides x.
         """
         bucket = Bucket(self.team, length, 5, self.device, "the point x, or a vector that H is applied to,")
         try:
             with self.team.summed(bucket):
-                bucket.checksum = self.team.checksum([self._x, *vectors])
+                bucket.checksum = self._point_checksum + self.team.checksum(vectors)
                 try:
                     bucket.numbers[:2] = add(bucket.sums)
                 finally:
@@ -422,9 +437,11 @@ class Objective:
         finally:
             total, weight, *spent = bucket.numbers
             self._ledger.book(spent)
-        if weight <= 0:
-            raise DataError("the weights of the data sum to zero: no row counts")
-        return total / weight, bucket.sums.div_(weight)
+        return total, weight, bucket.sums
+
+    @functools.cached_property
+    def _point_checksum(self) -> float:
+        return self.team.checksum([self._x])
 
     def _refuse_product(self, inputs: Sequence[tuple[Sequence[int], Sequence[Tensor]]]) -> NoReturn:
         """Name the micro-batch and the tensors where a product went wrong."""
