@@ -409,6 +409,7 @@ def _footer_text(report: Mapping[str, Any]) -> Iterator[str]:
         provenance.get("dtype"),
         f"seed {provenance['seed']}" if provenance.get("seed") is not None else None,
         f"{provenance['ops']} kernels" if provenance.get("ops") else None,
+        f"{provenance['processes']} processes" if (provenance.get("processes") or 1) > 1 else None,
     )
     yield from _wrap(", ".join(fact for fact in facts if fact), "·")
 

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torchflat.audit.checkpoint import Checkpoint, load_checkpoint
 from torchflat.audit.options import Options, parse_duration
 from torchflat.audit.report import Report
 from torchflat.audit.task import Task, load_task
+from torchflat.distributed import Team
 from torchflat.errors import UsageError
 from torchflat.objective import Objective
 from torchflat.result import Answer, Status
@@ -29,6 +30,9 @@ from torchflat.spectrum.eigenpairs import Eigenpairs, extremal
 from torchflat.spectrum.krylov import Krylov
 from torchflat.spectrum.run import Run
 from torchflat.spectrum.sampling import sampling_interval
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["Interrupted", "Progress", "audit"]
 
@@ -63,9 +67,13 @@ def audit(
     resume: Report | None = None,
     command: str | None = None,
     options: Options | None = None,
+    group: ProcessGroup | str | None = None,
     **choices: Any,
 ) -> Report:
     """Measure how sharp ``checkpoint`` is for ``task``, and return a :class:`Report`.
+
+    Where torch.distributed is initialised, every process calls this with the same arguments, the rows are split among
+    them (see :class:`~torchflat.Objective`), and all get the report. Ctrl-C on one of them then interrupts all.
 
     Args:
         task: a :class:`Task`, its address (``"file.py:function"``, ``"package.module:function"``) or a built-in name.
@@ -75,6 +83,7 @@ def audit(
         resume: a partial report of the same audit, whose finished parts are taken over.
         command: what was typed, for the report.
         options: all choices at once.
+        group: processes that share the rows: by default all, if torch.distributed is initialised; ``"alone"``: none.
         choices: single fields of :class:`~torchflat.audit.options.Options`, which come before ``options``.
 
     Raises:
@@ -88,16 +97,17 @@ def audit(
     """
     options = replace(options or Options(), **choices)
     started = time.monotonic()
-    task = load_task(task, task_options) if isinstance(task, str) else task
-    model = task.make_model()
-    loaded = None
-    if checkpoint is not None:
-        loaded = load_checkpoint(checkpoint, model, key=options.key, trust_pickle=options.trust_pickle)
-        loaded.apply(model)
+    team, loaded = Team.of(group), None
+    with team.together():
+        task = load_task(task, task_options) if isinstance(task, str) else task
+        model, data = task.make_model(), task.make_data()
+        if checkpoint is not None:
+            loaded = load_checkpoint(checkpoint, model, key=options.key, trust_pickle=options.trust_pickle)
+            loaded.apply(model)
     f = Objective(
         model,
         task.loss,
-        task.make_data(),
+        data,
         params=options.params or task.params,
         device=options.device,
         dtype=options.torch_dtype,
@@ -105,6 +115,7 @@ def audit(
         memory=options.memory,
         batch_loss=task.batch_loss,
         weight_decay=task.weight_decay,
+        group=group,
     )
     f = f if options.rows is None else f.subset(options.rows, options.seed)
     provenance = _provenance(task, loaded, f, options, command)
@@ -112,7 +123,7 @@ def audit(
     if resume is not None:
         work.take_over(resume)
     try:
-        with warnings.catch_warnings():
+        with team.interrupted_together(), warnings.catch_warnings():
             # The report carries every status, so that a warning would say it twice.
             warnings.simplefilter("ignore", NotConvergedWarning)
             work.run()
@@ -154,10 +165,12 @@ class _Audit:
         for part in wanted:
             if part in self.content:
                 continue
-            left = self.deadline - time.monotonic()
-            if left <= 0 and part != "point":
+            # Clocks of several processes differ, and none must go on without the others.
+            late = self.f.team.anywhere(lambda: time.monotonic() >= self.deadline)
+            if late and part != "point":
                 self.skipped.append(part)
                 continue
+            left = self.deadline - time.monotonic()
             self._part = part
             self._part_deadline = time.monotonic() + (left if part == wanted[-1] else SHARE * left)
             self.content[part] = parts[part]()

@@ -13,6 +13,7 @@ import tempfile
 import traceback
 from collections.abc import Sequence
 
+from torchflat.cli.launch import joined
 from torchflat.cli.progress import say
 from torchflat.errors import TorchflatError, UsageError, did_you_mean
 
@@ -32,6 +33,13 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (default: the process's own), and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["audit"]:
+        with joined():
+            return _run(arguments)
+    return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
     try:
         return _dispatch(arguments)
     except TorchflatError as error:
@@ -53,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.NamedTemporaryFile("w", prefix="torchflat-", suffix=".log", delete=False) as log:
             log.write(f"torchflat {' '.join(arguments)}\n\n")
             traceback.print_exc(file=log)
-        say(f"internal error: {type(error).__name__}: {error}; the traceback is in {log.name}; please report it")
+        message = f"{type(error).__name__}: {error}"
+        say(f"internal error: {message}; the traceback is in {log.name}; please report it", from_any_process=True)
         return INTERNAL_ERROR
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shlex
 import sys
@@ -21,6 +22,7 @@ from torchflat.audit.task import Task, load_task
 from torchflat.cli.flags import key_values
 from torchflat.cli.folder import claim, discard_if_empty, fresh, latest_partial
 from torchflat.cli.progress import Bars, say
+from torchflat.distributed import Team
 from torchflat.errors import UsageError
 
 __all__ = ["Audit"]
@@ -34,6 +36,7 @@ class Audit:
 
     With no checkpoint and no task, the small trained network that ships with torchflat is audited on the digits that
     ship with it. A folder of checkpoints is audited as a trajectory. --task imports and runs the code it names.
+    Under torchrun (torchrun --nproc-per-node 2 -m torchflat audit ...) the processes share the rows of the data.
     """
 
     checkpoint: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[CKPT]")] = None
@@ -58,7 +61,22 @@ class Audit:
     options: Annotated[Options, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Options)
 
     def run(self) -> int:
-        """Audit, write, print, and return the exit code."""
+        """Audit, write, print, and return the exit code; under torchrun, rank 0 alone writes."""
+        team = Team.of(None)
+        with team.interrupted_together():
+            with team.together():
+                conditions, task, checkpoint, files = self._request()
+            folder, earlier = team.on_first(self._folder)
+            try:
+                if files and files != [Path(str(checkpoint))]:
+                    return self._trajectory(team, task, files, folder, conditions)
+                return self._single(team, task, checkpoint, folder, earlier, conditions)
+            finally:
+                if team.first:
+                    discard_if_empty(folder)
+
+    def _request(self) -> tuple[Sequence[gates.Gate], Task, str | None, Sequence[Path]]:
+        """Return the gates, the task, the checkpoint, and the files in it if it is a folder."""
         conditions = [gates.parse(gate) for gate in self.fail_on]
         task_name = self.task or ("digits" if self.checkpoint is None else None)
         if task_name is None:
@@ -73,24 +91,25 @@ class Audit:
 
             checkpoint = str(sample_checkpoint())
         files = find_checkpoints(checkpoint) if checkpoint is not None and Path(checkpoint).is_dir() else []
-        folder, earlier = self._folder()
-        try:
-            if files and files != [Path(str(checkpoint))]:
-                return self._trajectory(task, files, folder, conditions)
-            return self._single(task, checkpoint, folder, earlier, conditions)
-        finally:
-            discard_if_empty(folder)
+        return conditions, task, checkpoint, files
 
     def _single(
-        self, task: Task, checkpoint: str | None, folder: Path, earlier: Report | None, conditions: Sequence[gates.Gate]
+        self,
+        team: Team,
+        task: Task,
+        checkpoint: str | None,
+        folder: Path,
+        earlier: Report | None,
+        conditions: Sequence[gates.Gate],
     ) -> int:
         try:
             report = self._audited(task, checkpoint, earlier)
         except Interrupted as interruption:
-            self._write(interruption.report, folder)
+            partial = interruption.report
+            team.on_first(lambda: self._write(partial, folder))
             say(f"interrupted; what was found until then is in {folder}; go on with --resume --out {folder}")
             return INTERRUPTED
-        self._write(report, folder)
+        team.on_first(lambda: self._write(report, folder))
         return _exit_code(report, conditions)
 
     def _folder(self) -> tuple[Path, Report | None]:
@@ -123,25 +142,32 @@ class Audit:
             print(report.text(), end="")
         say(f"the report is in {folder / 'report.html'}")
 
-    def _trajectory(self, task: Task, files: Sequence[Path], folder: Path, conditions: Sequence[gates.Gate]) -> int:
-        from torchflat.audit import page
-
+    def _trajectory(
+        self, team: Team, task: Task, files: Sequence[Path], folder: Path, conditions: Sequence[gates.Gate]
+    ) -> int:
         reports: list[Report] = []
         code = 0
         for index, file in enumerate(files):
             say(f"{file.name} ({index + 1} of {len(files)})")
             place = folder / file.name
+            earlier = team.on_first(functools.partial(_finished, place))
             try:
-                report = _finished(place) or self._audited(task, str(file), None)
+                report = earlier or self._audited(task, str(file), None)
             except Interrupted as interruption:
-                interruption.report.save(place, force=True)
+                team.on_first(functools.partial(interruption.report.save, place, force=True))
                 say(f"interrupted; go on with --resume --out {folder}")
                 return INTERRUPTED
-            report.save(place, force=True)
+            team.on_first(functools.partial(report.save, place, force=True))
             reports.append(report)
             # The worst of them: a gate that tripped counts more than one that could not be decided.
             codes = {code, _exit_code(report, conditions)}
             code = next(candidate for candidate in (GATE_TRIPPED, INCONCLUSIVE, 0) if candidate in codes)
+        team.on_first(lambda: self._write_trajectory(files, reports, folder))
+        return code
+
+    def _write_trajectory(self, files: Sequence[Path], reports: Sequence[Report], folder: Path) -> None:
+        from torchflat.audit import page
+
         contents = [report.content for report in reports]
         _write_text(folder / "trajectory.html", page.trajectory_page(contents))
         _write_text(folder / "trajectory.json", json.dumps(contents, indent=2) + "\n")
@@ -151,7 +177,6 @@ class Audit:
             for file, report in zip(files, reports, strict=True):
                 print(f"== {file.name}\n{report.text()}")
         say(f"the trajectory is in {folder / 'trajectory.html'}")
-        return code
 
 
 def _exit_code(report: Report, conditions: Sequence[gates.Gate]) -> int:

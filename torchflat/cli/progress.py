@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -51,6 +52,7 @@ class Bars:
         )
 
 
-def say(message: str) -> None:
-    """Print a line about the run itself to stderr."""
-    print(f"torchflat: {message}", file=sys.stderr)
+def say(message: str, from_any_process: bool = False) -> None:
+    """Print a line about the run itself to stderr; if need be, also in a process that torchrun's rank 0 speaks for."""
+    silent = getattr(sys.stderr, "name", "") == os.devnull
+    print(f"torchflat: {message}", file=sys.__stderr__ if silent and from_any_process else sys.stderr)

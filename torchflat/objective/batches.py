@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -17,10 +18,21 @@ import torch
 from torch import Tensor
 from torch.utils import data as torch_data
 
+from torchflat.distributed import Team
 from torchflat.errors import DataError
 from torchflat.objective.state import random_states_kept
 
-__all__ = ["Batches", "as_batches", "describe", "map_tensors", "row_count", "rows_of", "slice_rows", "take_rows"]
+__all__ = [
+    "Batches",
+    "as_batches",
+    "checksum",
+    "describe",
+    "map_tensors",
+    "row_count",
+    "rows_of",
+    "slice_rows",
+    "take_rows",
+]
 
 Batch = Any
 
@@ -34,11 +46,19 @@ class Batches:
     the source knows how to.
     """
 
-    def __init__(self, source: Iterable[Batch], rows: int, pick: Callable[[list[int]], Batches] | None = None) -> None:
+    def __init__(
+        self, source: Iterable[Batch], rows: int, pick: Callable[[Sequence[int]], Batches] | None = None
+    ) -> None:
         self.source, self.rows, self._pick = source, rows, pick
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self.source)
+        """Raise a DataError behind the last batch if there were more or fewer rows than on the first pass."""
+        seen = 0
+        for batch in self.source:
+            seen += rows_of(batch)
+            yield batch
+        if seen != self.rows:
+            raise DataError(f"the data changes between passes: {self.rows} rows at first, and now {seen}")
 
     @property
     def indexed(self) -> bool:
@@ -46,14 +66,8 @@ class Batches:
         return self._pick is not None
 
     def first(self, rows: int | None = None) -> Batch:
-        """Return the first batch, or at most its first ``rows`` rows if it can be cut. Random data spends randomness.
-
-        Raises:
-            DataError: there was data before, and now there is none.
-        """
-        batch = next(iter(self), self)
-        if batch is self:
-            raise DataError(f"the data changes between passes: {self.rows} rows at first, and now none")
+        """Return the first batch, or at most its first ``rows`` rows if it can be cut. Random data draws numbers."""
+        batch = next(iter(self))
         count = row_count(batch)
         return batch if rows is None or count is None or count <= rows else slice_rows(batch, 0, rows)
 
@@ -92,6 +106,29 @@ class Batches:
                 offset += count
         return Batches(pieces, len(wanted))
 
+    def share(self, team: Team, by_row: bool) -> Iterable[Batch]:
+        """Return the part of this rank: a contiguous range of rows or, not ``by_row``, every so many-th batch.
+
+        Rows that the source can pick are read by their rank only; any other source is read in full by every rank.
+        """
+        if team.size == 1:
+            return self
+        if not by_row:
+            return _Again(lambda: itertools.islice(self, team.rank, None, team.size))
+        mine = team.share(self.rows)
+        if not mine:
+            return ()
+        return self._pick(mine) if self._pick is not None else _Again(lambda: self._between(mine.start, mine.stop))
+
+    def _between(self, start: int, stop: int) -> Iterator[Batch]:
+        offset = 0
+        for batch in self:
+            rows = rows_of(batch)
+            low, high = max(start - offset, 0), min(stop - offset, rows)
+            if low < high:
+                yield batch if high - low == rows else slice_rows(batch, low, high)
+            offset += rows
+
     def fingerprint(self) -> str:
         """SHA-256 over the values, shapes and dtypes of every tensor, in order. One pass over the data."""
         digest = hashlib.sha256()
@@ -102,6 +139,23 @@ class Batches:
                     digest.update(f"{values.dtype}{tuple(values.shape)}".encode())
                     digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+def checksum(batches: Batches, rows: int) -> float:
+    """Return a number that differs where the number of rows, or one of the first ``rows`` rows, differs."""
+    head = batches.first(rows)
+    digest = Batches([head], rows_of(head)).fingerprint()
+    return float((int(digest, 16) + batches.rows) % 2**52)
+
+
+class _Again:
+    """An iterable that starts afresh each time."""
+
+    def __init__(self, start: Callable[[], Iterator[Batch]]) -> None:
+        self._start = start
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._start()
 
 
 def as_batches(data: Any) -> Batches:
@@ -142,8 +196,10 @@ def _in_memory(tensors: Any, batch_size: int | None = None) -> Batches:
     return Batches(source, rows, lambda indices: _in_memory(take_rows(tensors, indices), batch_size))
 
 
-def take_rows(batch: Batch, rows: list[int]) -> Batch:
-    """Copy these rows of a batch whose :func:`row_count` is known."""
+def take_rows(batch: Batch, rows: Sequence[int]) -> Batch:
+    """Return these rows of a batch whose :func:`row_count` is known; a range of them without a copy."""
+    if isinstance(rows, range) and rows.step == 1:
+        return slice_rows(batch, rows.start, rows.stop)
     index, total = torch.tensor(rows, dtype=torch.int64, device="cpu"), row_count(batch)
     return _map_rows(
         lambda tensor: tensor[index.to(tensor.device)],

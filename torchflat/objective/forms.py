@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor
 
 from torchflat import ops
-from torchflat.errors import DataError
 from torchflat.objective.batches import row_count, rows_of, take_rows
 from torchflat.objective.graphs import Graphs
 
@@ -31,41 +31,42 @@ class Forms:
     strata: Tensor
     cut: bool
 
+    @classmethod
+    def of(cls, table: Tensor) -> Forms:
+        """Read the table of :func:`group_forms`."""
+        weights, sums, units, strata, cut = table.T
+        return cls(weights, sums, units, strata.long(), bool(cut.all()))
+
     @property
     def mean(self) -> float:
         """vᵀHv over all the data."""
         return float(self.sums.sum() / self.weights.sum())
 
 
-def group_forms(graphs: Graphs, vector: Sequence[Tensor], groups: int, seed: int) -> Forms:
-    """Return the forms of ``groups`` groups at least, as far as there are rows; for :meth:`Objective.quadratic_forms`.
+def group_forms(graphs: Graphs, vector: Sequence[Tensor], share: float, seed: int, first: int) -> Tensor:
+    """Return the columns of :class:`Forms`, of at least ``share`` groups for each row, in one table.
 
     Every row goes through one graph that is built, used once and dropped: a micro-batch at most is alive at a time.
+    Strata are numbered from ``first``.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
-    table: list[tuple[float, float, int, int]] = []
-    seen, cut = 0, True
-    for stratum, batch in enumerate(graphs.batches):
-        seen += rows_of(batch)
+    table: list[tuple[float, ...]] = []
+    for stratum, batch in enumerate(graphs.batches, first):
         whole = row_count(batch) is None or not graphs.splittable
-        cut = cut and not whole
-        for piece in [batch] if whole else _random_pieces(graphs, batch, groups, generator):
+        for piece in [batch] if whole else _random_pieces(graphs, batch, share, generator):
             graph = graphs.built(piece, len(table))
             form = float(ops.dot(vector, graph.product(vector)))
             graphs.ledger.charge(products=graph.rows)
-            table.append((graph.weight, form, 1 if whole else rows_of(piece), stratum))
+            table.append((graph.weight, form, 1 if whole else rows_of(piece), stratum, not whole))
             # Dropped before the next one is built, or two would be alive at once.
             del graph
-    if seen != graphs.batches.rows:
-        raise DataError(f"the data changes between passes: {graphs.batches.rows} rows at first, and now {seen}")
-    weights, sums, units, strata = (torch.tensor(column, dtype=torch.float64) for column in zip(*table, strict=True))
-    return Forms(weights, sums, units, strata.long(), cut)
+    return torch.tensor(table, dtype=torch.float64).reshape(-1, 5)
 
 
-def _random_pieces(graphs: Graphs, batch: Any, groups: int, generator: torch.Generator) -> Iterator[Any]:
+def _random_pieces(graphs: Graphs, batch: Any, share: float, generator: torch.Generator) -> Iterator[Any]:
     """Cut a batch into pieces of random rows: its share of the groups, two at least, none above the micro-batch."""
     rows = rows_of(batch)
     largest = graphs.microbatch or rows
-    count = min(rows, max(2, -(-rows // largest), -(-rows * groups // graphs.batches.rows)))
+    count = min(rows, max(2, -(-rows // largest), math.ceil(rows * share)))
     for chosen in torch.randperm(rows, generator=generator, device="cpu").tensor_split(count):
         yield take_rows(batch, chosen.sort().values.tolist())

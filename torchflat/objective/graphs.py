@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from torchflat import ops
-from torchflat.errors import DataError, LossError, NonFiniteError
+from torchflat.errors import LossError, NonFiniteError
 from torchflat.objective.batches import Batches, row_count, rows_of, slice_rows
 from torchflat.objective.evaluation import Term, first_line, out_of_memory
 from torchflat.objective.ledger import Ledger
@@ -75,12 +75,12 @@ class Graph:
 
 
 class Graphs:
-    """The micro-batches of one objective at one point, each with its gradient graph, retained or rebuilt."""
+    """The micro-batches of one objective at one point on this rank, each with its gradient graph, kept or rebuilt."""
 
     def __init__(
         self,
         term: Term,
-        batches: Batches,
+        batches: Iterable[Any],
         leaves: Mapping[str, Tensor],
         memory: Memory,
         ledger: Ledger,
@@ -90,6 +90,7 @@ class Graphs:
         self.memory, self.ledger = memory, ledger
         self.microbatch = microbatch
         self.limit = microbatch
+        self.rows = 0
         self.splittable = True
         self.reason = "as given"
         self._bytes_per_row: float | None = None
@@ -120,11 +121,9 @@ class Graphs:
         seconds = self._built_seconds / self._built_rows if self._built_rows else None
         return Plan(rows, reason, self._count or graphs, planned, len(self._kept), self._bytes_per_row, seconds)
 
-    def choose_microbatch(self) -> None:
-        """Set ``microbatch``, from the graph of a few rows, unless it is set."""
-        if not self.splittable or self.microbatch is not None:
-            return
-        batch = self.batches.first()
+    def choose_microbatch(self, batches: Batches) -> None:
+        """Set ``microbatch``, from the graph of a few rows of all the data."""
+        batch = batches.first()
         largest = rows_of(batch)
         if row_count(batch) is not None:
             batch = slice_rows(batch, 0, min(largest, PROBE_ROWS, self.limit or PROBE_ROWS))
@@ -132,7 +131,7 @@ class Graphs:
         size = self._bytes_per_row = graph.bytes / max(1, graph.rows)
         self.microbatch, self.reason = choose_rows(size, self.memory.total, self.term.device, self.limit)
         self._largest = int(size * min(self.microbatch, largest))
-        self._planned = graphs_that_fit(self.batches.rows, largest, self.microbatch, size, self._room())
+        self._planned = graphs_that_fit(self.rows, largest, self.microbatch, size, self._room())
         # What is small is slow, and takes little: it would mislead.
         self._largest, self._built_rows, self._built_seconds = 0, 0, 0.0
 
@@ -161,15 +160,9 @@ class Graphs:
         return "memory ran out: fewer rows went through the model at once"
 
     def microbatches(self) -> Iterator[Any]:
-        """All rows, in pieces of at most ``microbatch``; batches that cannot be cut stay whole.
-
-        Raises:
-            DataError: there are more or fewer rows than on the first pass.
-        """
-        seen = 0
+        """All rows of this rank, in pieces of at most ``microbatch``; batches that cannot be cut stay whole."""
         for batch in self.batches:
             rows = row_count(batch)
-            seen += rows_of(batch)
             if rows is None or not self.splittable or self.microbatch is None:
                 yield batch
                 continue
@@ -177,8 +170,6 @@ class Graphs:
             for piece in range(pieces):
                 # Pieces of equal size: a tiny last one would cost as much overhead as a full one.
                 yield slice_rows(batch, piece * rows // pieces, (piece + 1) * rows // pieces)
-        if seen != self.batches.rows:
-            raise DataError(f"the data changes between passes: {self.batches.rows} rows at first, and now {seen}")
 
     def for_each(self, work: Callable[[Graph, int], None]) -> None:
         """Call ``work`` with every micro-batch's graph once, and its index. Those beyond the budget are rebuilt."""
@@ -200,63 +191,57 @@ class Graphs:
             work(self._kept[index], index)
         self._count = index + 1
 
-    def mean_value(self) -> float:
-        """Σ loss / Σ weight over all micro-batches."""
+    def add_values(self) -> tuple[float, float]:
+        """Σ loss and Σ weight over all micro-batches."""
         total = weights = 0.0
         with torch.no_grad():
             for index, batch in enumerate(self.microbatches()):
                 value, weight = self.evaluate(batch, index)
                 total, weights = total + float(value), weights + weight
-        return total / _positive(weights)
+        return total, weights
 
-    def mean_gradient(self) -> tuple[float, Tensor]:
-        """Return the mean value and its gradient, (n,) in float64."""
-        tensors = self.parameters
-        sums = torch.zeros(sum(tensor.numel() for tensor in tensors), dtype=torch.float64, device=self.term.device)
-        parts = [p.view_as(t) for p, t in zip(sums.split([t.numel() for t in tensors]), tensors, strict=True)]
+    def add_gradients(self, sums: Sequence[Tensor]) -> tuple[float, float]:
+        """Add the gradient of Σ loss over all micro-batches to ``sums``; return Σ loss and Σ weight."""
         total = weights = 0.0
         for index, batch in enumerate(self.microbatches()):
             value, weight, gradients = self.differentiate(batch, index, create_graph=False)
-            ops.axpy_(parts, list(gradients), 1.0)
-            self._refuse_non_finite(f"the gradient of micro-batch {index}", range(len(parts)), gradients)
+            ops.axpy_(sums, list(gradients), 1.0)
+            self._refuse_non_finite(f"the gradient of micro-batch {index}", range(len(sums)), gradients)
             total, weights = total + float(value), weights + weight
-        sums /= _positive(weights)
-        return total / weights, sums
+        return total, weights
 
-    def by_row(self, score: RowCurvature) -> Tensor:
-        """Score every row, in the order of the data."""
-        scores = []
+    def add_scores(self, score: RowCurvature, scores: Tensor) -> None:
+        """Add the score of each row of this rank to ``scores``, in the order of the data."""
+        start = 0
         for batch in self.microbatches():
-            scores.append(score(batch))
+            stop = start + rows_of(batch)
+            scores[start:stop] += score(batch)
             self.ledger.charge(forwards=score.evaluations * rows_of(batch))
-        return torch.cat(scores)
+            start = stop
 
     def add_products(self, jobs: Sequence[tuple[Sequence[int], Sequence[Tensor], Sequence[Tensor]]]) -> float:
         """For each (tensors, vector, sums) add the product over all micro-batches to ``sums``; return Σ weight."""
-        weights = []
+        weights = 0.0
 
         def work(graph: Graph, index: int) -> None:
+            nonlocal weights
             for tensors, vector, sums in jobs:
                 ops.axpy_(sums, graph.product(vector, tensors), 1.0)
                 self.ledger.charge(products=graph.rows)
-            weights.append(graph.weight)
+            weights += graph.weight
 
         self.for_each(work)
-        return _positive(sum(weights))
+        return weights
 
-    def non_finite_product(self, jobs: Sequence[tuple[Sequence[int], Sequence[Tensor]]]) -> NonFiniteError:
-        """Find the micro-batch and the tensors where the product of a (tensors, vector) went wrong."""
+    def refuse_non_finite_products(self, jobs: Sequence[tuple[Sequence[int], Sequence[Tensor]]]) -> None:
+        """Raise for the first micro-batch whose product of a (tensors, vector) is not finite, and name the tensors."""
 
         def look(graph: Graph, index: int) -> None:
             for tensors, vector in jobs:
                 products = graph.product(vector, tensors)
                 self._refuse_non_finite(f"the Hessian product of micro-batch {index}", tensors, products)
 
-        try:
-            self.for_each(look)
-        except NonFiniteError as error:
-            return error
-        return NonFiniteError(f"the Hessian product overflows in {self.term.dtype}: use dtype=torch.float64")
+        self.for_each(look)
 
     def _refuse_non_finite(self, what: str, tensors: Sequence[int], values: Sequence[Tensor]) -> None:
         if not all(map(finite, values)):
@@ -332,12 +317,6 @@ class Graphs:
         while self._kept and self.memory.graphs > self._room():
             self._kept.popitem()
         return_freed_pages()
-
-
-def _positive(weight: float) -> float:
-    if weight <= 0:
-        raise DataError("the weights of the data sum to zero: no row counts")
-    return weight
 
 
 @contextlib.contextmanager

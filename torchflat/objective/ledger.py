@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torchflat.result import Cost
 
@@ -12,30 +12,39 @@ __all__ = ["Ledger"]
 
 
 class Ledger:
-    """Counts rows that went forward, backward, and through a Hessian product.
+    """Counts rows that went forward, backward, and through a Hessian product, on all ranks together.
 
-    What is spent on a subset or at another point is also charged to the objective it came from, in that one's passes.
+    A rank charges what it does itself; once the ranks have added up what they :meth:`take`, it is booked. What is spent
+    on a subset or at another point is also booked in the objective it came from, in that one's passes.
     """
 
     def __init__(self, rows: int, parent: Ledger | None = None) -> None:
         self.rows = rows
         self.parent = parent
-        self._forwards = self._backwards = self._products = 0
+        self._booked = [0, 0, 0]
+        self._charged = [0, 0, 0]
         self._seconds = 0.0
 
     @property
     def cost(self) -> Cost:
-        """What has been charged, in passes over ``rows`` rows."""
-        rows = self.rows
-        return Cost(self._forwards / rows, self._backwards / rows, self._products / rows, self._seconds)
+        """What has been booked, in passes over ``rows`` rows."""
+        forwards, backwards, products = (count / self.rows for count in self._booked)
+        return Cost(forwards, backwards, products, self._seconds)
 
     def charge(self, *, forwards: int = 0, backwards: int = 0, products: int = 0) -> None:
-        """Count rows, here and in the objectives this one came from."""
-        self._forwards += forwards
-        self._backwards += backwards
-        self._products += products
+        """Count rows of this rank."""
+        self._charged = [a + b for a, b in zip(self._charged, (forwards, backwards, products), strict=True)]
+
+    def take(self) -> list[int]:
+        """Return what this rank has charged since the last time."""
+        taken, self._charged = self._charged, [0, 0, 0]
+        return taken
+
+    def book(self, counts: Sequence[float]) -> None:
+        """Enter the counts of all ranks, here and in the objectives this one came from."""
+        self._booked = [a + round(b) for a, b in zip(self._booked, counts, strict=True)]
         if self.parent is not None:
-            self.parent.charge(forwards=forwards, backwards=backwards, products=products)
+            self.parent.book(counts)
 
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:

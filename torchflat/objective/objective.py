@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from torchflat import ops
-from torchflat.errors import LossError, NonFiniteError, UsageError
+from torchflat.distributed import Bucket, Team
+from torchflat.errors import DataError, LossError, NonFiniteError, UsageError
 from torchflat.objective.accuracy import Accuracy, second_derivative_fault
-from torchflat.objective.batches import Batches, as_batches, rows_of
+from torchflat.objective.batches import Batches, as_batches, checksum, rows_of
 from torchflat.objective.evaluation import FunctionTerm, ModelTerm, Term, out_of_memory, unwrapped
 from torchflat.objective.forms import Forms, group_forms
 from torchflat.objective.graphs import Graphs, NotDifferentiable, finite
@@ -22,11 +24,18 @@ from torchflat.objective.memory import Memory, parse_bytes, return_freed_pages
 from torchflat.objective.preflight import preflight
 from torchflat.objective.scores import NoScores, RowCurvature
 from torchflat.objective.state import random_states_kept
+from torchflat.objective.unsharded import unsharded
 from torchflat.parameters import Layout, select
 from torchflat.result import Cost
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 __all__ = ["Objective"]
 
+# Rows by which it is told, before the first pass, that two processes were given different data.
+CHECKED_ROWS = 16
+SAME_DATA = "the data, which every process is handed whole,"
 # Rows that go through a model in float64 at once.
 EXACT_ROWS = 64
 # What autograd says of kernels that have a plain form which it can differentiate twice.
@@ -56,6 +65,13 @@ class Objective:
         memory: budget for retained graphs, Krylov vectors and workspace together, such as ``"2GiB"``.
         batch_loss: ``batch_loss(model, batch) -> (sum, weight)``, for losses that are not a mean over rows (tokens).
         weight_decay: coefficient of the L2 term, as in ``torch.optim``.
+        group: processes of torch.distributed among which the rows are split: by default all of them, if it is
+            initialised; ``"alone"`` keeps to this process. See below.
+
+    In a group every process makes the same objective, of the same model and the same, whole data, and calls the same
+    methods with the same arguments: each evaluates its share of the rows, every pass ends in one reduction, and all get
+    the answer that one process would get, up to rounding. Errors are raised on all. ``cost`` counts the work of all,
+    and ``team`` is how they meet.
 
     Raises:
         UsageError, DataError, LossError, NonFiniteError, ReproducibilityError: each names the cure.
@@ -82,12 +98,13 @@ class Objective:
         *,
         batch_loss: Callable[[nn.Module, Any], tuple[Tensor, float]] | None = None,
         weight_decay: float = 0.0,
+        group: ProcessGroup | str | None = None,
     ) -> None:
         if microbatch is not None and microbatch < 1:
             raise UsageError(f"microbatch={microbatch}: it must be a positive number of rows, or None")
         if not math.isfinite(weight_decay):
             raise UsageError(f"weight_decay={weight_decay}: it must be a finite number")
-        model = unwrapped(model)
+        model = unsharded(unwrapped(model))
         names = select(model, params)
         own = dict(model.named_parameters())
         tensors = [own[name].detach() for name in names]
@@ -96,16 +113,18 @@ class Objective:
         term = ModelTerm(model, loss, batch_loss, names, mode, precision, place)
         layout = Layout(tuple(names), tuple(tensor.shape for tensor in tensors))
         x = layout.flatten([tensor.to(place, precision) for tensor in tensors])
-        batches = as_batches(data)
+        team = Team.of(group, place)
+        with team.together():
+            batches = as_batches(data)
         budget, ledger = Memory(parse_bytes(memory)), Ledger(batches.rows)
-        self._assemble(term, batches, layout, x, budget, ledger, microbatch, weight_decay)
+        self._assemble(team, term, batches, layout, x, budget, ledger, microbatch, weight_decay)
         budget.keep_vectors(self, x.nbytes)
 
     @classmethod
     def from_function(
         cls, fn: Callable[[Tensor], Tensor], x: Tensor, *, memory: str | int = "2GiB", weight_decay: float = 0.0
     ) -> Objective:
-        """Make the objective f = fn at x: ``fn`` maps a (n,) tensor to a scalar; there is no data.
+        """Make the objective f = fn at x: ``fn`` maps a (n,) tensor to a scalar; there is no data, and no group.
 
         >>> f = Objective.from_function(lambda x: (x[0] * x[1] - 1) ** 2, torch.tensor([2.0, 0.5]))
         >>> f.value(), f.gradient(), f.hvp(torch.eye(2))
@@ -118,12 +137,13 @@ class Objective:
         x = x.detach().to(_working_precision(None, [x]), copy=True)
         batches, layout = Batches([None], 1), Layout(("x",), (x.shape,))
         term, budget = FunctionTerm(fn, x.dtype, x.device), Memory(parse_bytes(memory))
-        self._assemble(term, batches, layout, x, budget, Ledger(1), None, weight_decay)
+        self._assemble(Team.alone(), term, batches, layout, x, budget, Ledger(1), None, weight_decay)
         budget.keep_vectors(self, x.nbytes)
         return self
 
     def _assemble(
         self,
+        team: Team,
         term: Term,
         batches: Batches,
         layout: Layout,
@@ -134,7 +154,7 @@ class Objective:
         weight_decay: float,
         checked: bool = False,
     ) -> None:
-        self.layout, self.memory, self.weight_decay = layout, memory, weight_decay
+        self.team, self.layout, self.memory, self.weight_decay = team, layout, memory, weight_decay
         self._term, self._batches, self._ledger = term, batches, ledger
         with torch.inference_mode(False):
             self._x = x.clone() if x.is_inference() else x
@@ -163,7 +183,7 @@ class Objective:
 
     @property
     def rows(self) -> int:
-        """Number of rows of the data (1 for a function)."""
+        """Number of rows of the data, those of other ranks included (1 for a function)."""
         return self._batches.rows
 
     @property
@@ -191,25 +211,32 @@ class Objective:
             "microbatch": self._graphs.microbatch,
             "plan": self._graphs.plan.to_dict(),
             "memory_bytes": self.memory.total,
+            "processes": self.team.size,
             "notes": list(self._term.notes),
         }
 
     def fingerprint(self) -> str:
-        """SHA-256 of the data. One pass over it."""
-        return self._batches.fingerprint()
+        """SHA-256 of the data, whole also where its rows are split over processes. One pass over it."""
+        bucket = Bucket(self.team, same=SAME_DATA)
+        with self.team.summed(bucket):
+            digest = self._batches.fingerprint()
+            bucket.checksum = float(int(digest, 16) % 2**52)
+        return digest
 
     # What it gives ---------------------------------------------------------------------------------------------------
 
     def value(self) -> float:
         """f(x), accumulated in float64."""
         if self._value is None:
-            self._value = self._attempt(self._graphs.mean_value) + self._decay_value()
+            mean, _ = self._attempt(lambda: self._mean(0, lambda sums: self._graphs.add_values()))
+            self._value = mean + self._decay_value()
         return self._value
 
     def gradient(self) -> Tensor:
         """∇f(x), shape (n,). Costs one gradient the first time, and gives the value for nothing."""
         if self._gradient is None:
-            value, mean = self._attempt(self._graphs.mean_gradient)
+            add = self._graphs.add_gradients
+            value, mean = self._attempt(lambda: self._mean(self.n, lambda sums: add(self.layout.split(sums))))
             gradient = self._with_decay(mean, self._x)
             if not finite(gradient):
                 raise NonFiniteError(f"the gradient overflows in {self.dtype}: use dtype=torch.float64")
@@ -226,21 +253,23 @@ class Objective:
     def products(self, vectors: Tensor) -> Tensor:
         """H applied to each row of ``vectors`` (k, n), in one pass over the data; a (k, n) tensor of the same dtype."""
         self._verify()
-        _check_finite(vectors)
         inputs = [self.layout.split(vector) for vector in vectors]
         everything = range(len(self.layout.names))
 
+        def add(sums: Tensor) -> tuple[float, float]:
+            _check_finite(vectors)
+            rows = map(self.layout.split, sums.view(vectors.shape))
+            return 0.0, self._graphs.add_products([(everything, v, row) for v, row in zip(inputs, rows, strict=True)])
+
         def work() -> Tensor:
-            sums = torch.zeros(vectors.shape, dtype=torch.float64, device=self.device)
-            jobs = [(everything, v, self.layout.split(row)) for v, row in zip(inputs, sums, strict=True)]
-            sums /= self._graphs.add_products(jobs)
-            return self._with_decay(sums, vectors)
+            _, sums = self._mean(vectors.numel(), add, [vectors])
+            return self._with_decay(sums.view(vectors.shape), vectors)
 
         # One vector's share is part of the workspace already.
         with self.memory.vectors_held((vectors.shape[0] - 1) * self.n * 16):
             products = self._attempt(work)
         if not finite(products):
-            raise self._attempt(lambda: self._graphs.non_finite_product([(everything, v) for v in inputs]))
+            self._refuse_product([(everything, v) for v in inputs])
         return products
 
     def block_products(self, vectors: dict[tuple[int, ...], Tensor]) -> dict[tuple[int, ...], Tensor]:
@@ -250,18 +279,23 @@ class Objective:
         """
         self._verify()
         layouts = {block: self.layout.part(block) for block in vectors}
-        for vector in vectors.values():
-            _check_finite(vector)
         inputs = [(block, layouts[block].split(vector)) for block, vector in vectors.items()]
+        lengths = [layout.n for layout in layouts.values()]
+
+        def add(sums: Tensor) -> tuple[float, float]:
+            for vector in vectors.values():
+                _check_finite(vector)
+            parts = zip(inputs, sums.split(lengths), strict=True)
+            return 0.0, self._graphs.add_products([(block, v, layouts[block].split(s)) for (block, v), s in parts])
 
         def work() -> dict[tuple[int, ...], Tensor]:
-            sums = {block: torch.zeros_like(v, dtype=torch.float64) for block, v in vectors.items()}
-            weight = self._graphs.add_products([(block, v, layouts[block].split(sums[block])) for block, v in inputs])
-            return {block: self._with_decay(total.div_(weight), vectors[block]) for block, total in sums.items()}
+            _, sums = self._mean(sum(lengths), add, list(vectors.values()))
+            means = zip(vectors.items(), sums.split(lengths), strict=True)
+            return {block: self._with_decay(mean, vector) for (block, vector), mean in means}
 
         products = self._attempt(work)
         if not all(map(finite, products.values())):
-            raise self._attempt(lambda: self._graphs.non_finite_product(inputs))
+            self._refuse_product(inputs)
         return products
 
     def quadratic_forms(self, v: Tensor, groups: int = 64, seed: int = 0) -> Forms:
@@ -280,9 +314,11 @@ class Objective:
         self._verify()
         _check_finite(v)
         parts = self.layout.split(v)
-        forms = self._attempt(lambda: group_forms(self._graphs, parts, groups, seed))
+        share, first = groups / self.rows, self.team.share(self.rows).start
+        table = self._attempt(lambda: self._gathered(lambda: group_forms(self._graphs, parts, share, seed, first)))
+        forms = Forms.of(table)
         if not finite(forms.sums):
-            raise self._attempt(lambda: self._graphs.non_finite_product([(range(len(parts)), parts)]))
+            self._refuse_product([(range(len(parts)), parts)])
         forms.sums.add_(forms.weights, alpha=self.weight_decay * float(ops.dot([v], [v])))
         return forms
 
@@ -298,7 +334,9 @@ class Objective:
         """Restrict the function to ``size`` rows drawn without replacement. Its cost is charged here too."""
         if not 1 <= size <= self.rows:
             raise UsageError(f"subset({size}): the data has {self.rows} rows")
-        return self._derived(self._term, self._batches.subset(size, seed), self._x)
+        with self.team.together():
+            batches = self._batches.subset(size, seed)
+        return self._derived(self._term, batches, self._x)
 
     @property
     def divisible(self) -> bool:
@@ -308,7 +346,9 @@ class Objective:
 
     def take(self, rows: Tensor) -> Objective:
         """Restrict the function to the rows with these indices, (k,) int64. Its cost is charged here too."""
-        return self._derived(self._term, self._batches.take(rows), self._x)
+        with self.team.together():
+            batches = self._batches.take(rows)
+        return self._derived(self._term, batches, self._x)
 
     def row_curvatures(self, seed: int = 0) -> Tensor:
         """Estimate how much each row can curve the loss: (rows,) float64, see :class:`RowCurvature`.
@@ -320,8 +360,16 @@ class Objective:
         """
         if not isinstance(self._term, ModelTerm) or self._term.call.loss is None:
             raise NoScores("rows can be told apart only with loss(output, target)")
-        score = RowCurvature(self._term, self._graphs.parameters, seed)
-        return self._attempt(lambda: self._graphs.by_row(score))
+        self._prepare()
+        if not self._graphs.splittable:
+            raise NoScores("the batches cannot be cut into rows")
+        score, mine = RowCurvature(self._term, self._graphs.parameters, seed), self.team.share(self.rows)
+
+        def add(sums: Tensor) -> tuple[float, float]:
+            self._graphs.add_scores(score, sums[mine.start : mine.stop])
+            return 0.0, 0.0
+
+        return self._attempt(lambda: self._sum(self.rows, add)[2]).cpu()
 
     def rounding_error(self, vectors: Tensor, quadratic: bool = False) -> float:
         """Largest ‖H v − H₆₄ v‖, or |vᵀ(H − H₆₄)v| if ``quadratic``, over the rows v of ``vectors`` (k, n).
@@ -344,7 +392,7 @@ class Objective:
             return self
         if self._graphs.splittable:
             return self.subset(size)
-        with random_states_kept():
+        with self.team.together(), random_states_kept():
             first = self._batches.first()
         return self._derived(self._term, Batches([first], rows_of(first)), self._x)
 
@@ -364,8 +412,11 @@ class Objective:
         self._prepare()
         other = Objective.__new__(Objective)
         ledger, rows = Ledger(batches.rows, self._ledger), microbatch or self._graphs.microbatch
-        other._assemble(term, batches, self.layout, x, self.memory, ledger, rows, self.weight_decay, checked=True)
+        other._assemble(
+            self.team, term, batches, self.layout, x, self.memory, ledger, rows, self.weight_decay, checked=True
+        )
         other._graphs.follow(self._graphs)
+        other._take_share(self._graphs.splittable)
         shared = {id(tensor) for tensor in (self._x, *self._term.constants.values())}
         own = sum(tensor.nbytes for tensor in (x, *term.constants.values()) if id(tensor) not in shared)
         self.memory.keep_vectors(other, own)
@@ -395,12 +446,90 @@ class Objective:
     def _session(self) -> Iterator[None]:
         with self._ledger.timed(), self._term.session():
             if not self._checked:
-                graphs = self._graphs
-                limit = graphs.limit
-                graphs.splittable = preflight(self._term, graphs.parameters, self._batches, limit, self._ledger)
-                graphs.choose_microbatch()
-                self._checked = True
+                self._check()
             yield
+
+    def _check(self) -> None:
+        """Every rank does this on the same sample of all the data, and then takes its share of the rows."""
+        team, graphs, limit = self.team, self._graphs, self._graphs.limit
+        bucket = Bucket(team, numbers=1, same=SAME_DATA)
+        with team.summed(bucket):
+            bucket.checksum = checksum(self._batches, CHECKED_ROWS) if team.size > 1 else 0.0
+            splittable = preflight(self._term, graphs.parameters, self._batches, limit, self._ledger)
+            bucket.numbers = [float(splittable)]
+        splittable = bucket.numbers[0] == team.size
+        self._take_share(splittable)
+        if splittable and graphs.microbatch is None:
+            with team.together():
+                graphs.choose_microbatch(self._batches)
+        spent = self._ledger.take()
+        self._ledger.book(team.on_first(lambda: spent))
+        self._checked = True
+
+    def _take_share(self, splittable: bool) -> None:
+        self._graphs.splittable = splittable
+        self._graphs.batches = self._batches.share(self.team, splittable)
+        self._graphs.rows = len(self.team.share(self.rows))
+
+    def _mean(
+        self, length: int, add: Callable[[Tensor], tuple[float, float]], vectors: Sequence[Tensor] = ()
+    ) -> tuple[float, Tensor]:
+        """Return Σ loss / Σ weight and sums / Σ weight over the rows of all ranks; see :meth:`_sum`."""
+        total, weight, sums = self._sum(length, add, vectors)
+        if weight <= 0:
+            raise DataError("the weights of the data sum to zero: no row counts")
+        return total / weight, sums.div_(weight)
+
+    def _sum(
+        self, length: int, add: Callable[[Tensor], tuple[float, float]], vectors: Sequence[Tensor] = ()
+    ) -> tuple[float, float, Tensor]:
+        """Return Σ loss, Σ weight and sums (length,) over the rows of all ranks, in one reduction; book what it cost.
+
+        ``add`` adds what belongs to the rows of this rank to its argument, the sums in float64, and returns its Σ loss
+        and Σ weight. ``vectors`` is what it reads besides x.
+        """
+        bucket = Bucket(self.team, length, 5, self.device, "the point x, or a vector that H is applied to,")
+        try:
+            with self.team.summed(bucket):
+                bucket.checksum = self._point_checksum + self.team.checksum(vectors)
+                try:
+                    bucket.numbers[:2] = add(bucket.sums)
+                finally:
+                    bucket.numbers[2:] = self._ledger.take()
+        finally:
+            total, weight, *spent = bucket.numbers
+            self._ledger.book(spent)
+        return total, weight, bucket.sums
+
+    def _gathered(self, rows: Callable[[], Tensor]) -> Tensor:
+        """Return the tables (k, columns) that all ranks make, one below the other; book what they cost."""
+        tables: list[Tensor] = []
+
+        def add(counts: Tensor) -> tuple[float, float]:
+            tables.append(rows())
+            counts[self.team.rank] = len(tables[0])
+            return 0.0, 0.0
+
+        counts = self._sum(self.team.size, add)[2].long().tolist()
+        start, table = sum(counts[: self.team.rank]), tables[0]
+        bucket = Bucket(self.team, sum(counts) * table.shape[1], device=self.device)
+        with self.team.summed(bucket):
+            bucket.sums.view(-1, table.shape[1])[start : start + len(table)] = table
+        return bucket.sums.view(-1, table.shape[1]).cpu()
+
+    @functools.cached_property
+    def _point_checksum(self) -> float:
+        return self.team.checksum([self._x])
+
+    def _refuse_product(self, inputs: Sequence[tuple[Sequence[int], Sequence[Tensor]]]) -> NoReturn:
+        """Name the micro-batch and the tensors where a product went wrong."""
+
+        def look() -> None:
+            with self.team.together():
+                self._graphs.refuse_non_finite_products(inputs)
+
+        self._attempt(look)
+        raise NonFiniteError(f"the Hessian product overflows in {self.dtype}: use dtype=torch.float64")
 
     def _attempt(self, work: Callable[[], Result]) -> Result:
         """Return what ``work`` does in a session; again if a fused kernel gives way, or if memory can be spared."""
@@ -417,10 +546,12 @@ class Objective:
                     # Plain kernels keep more for the backward pass.
                     self._graphs.microbatch, self._checked = None, False
             except (RuntimeError, MemoryError) as error:
-                relief = self._graphs.relieve() if out_of_memory(error) else None
-                if relief is None:
+                if not out_of_memory(error):
                     raise
-                self.note(relief)
+                relief = self._graphs.relieve()
+                if self.team.anywhere(lambda relief=relief: relief is None):
+                    raise
+                self.note(str(relief))
 
     def _with_decay(self, sums: Tensor, vectors: Tensor) -> Tensor:
         if self.weight_decay:

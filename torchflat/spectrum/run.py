@@ -84,8 +84,9 @@ class Run:
         return answer.upper - answer.lower <= self.tolerance(abs(answer.value), answer.floor)
 
     def over(self, progress: object) -> bool:
-        """Whether to stop after this step: the callback asks for it, or another step is not affordable."""
-        stop = self.callback is not None and bool(self.callback(progress))
+        """Whether to stop after this step: the callback asks for it on any rank, or no other step is affordable."""
+        callback = self.callback
+        stop = callback is not None and self.f.team.anywhere(lambda: callback(progress))
         return not self.affordable() or stop
 
     def status(self, answer: Bounded, size: float, *, exhausted: bool = False, over: bool = False) -> Status | None:

@@ -1,0 +1,635 @@
+"""Two and three processes give the answers of one, fail together, and never wait for each other in vain."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from networks import network
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+import torchflat
+from torchflat import Objective, Task
+from torchflat.audit.run import Interrupted
+from torchflat.distributed import Bucket, Team
+from torchflat.errors import DataError, LossError, NonFiniteError, UsageError
+from torchflat.objective.batches import as_batches, row_count
+
+# A rank that waits for the others in vain is a failure after so many seconds.
+PATIENCE = 60
+
+
+# Processes that run scenarios -----------------------------------------------------------------------------------------
+
+
+class Ranks:
+    """Gloo processes, started once, that each call what they are told to."""
+
+    def __init__(self, size: int, folder: Path) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipes = []
+        self.processes = []
+        for rank in range(size):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, size, str(folder / "meeting"), there), daemon=True)
+            process.start()
+            self.pipes.append(here)
+            self.processes.append(process)
+
+    def __call__(self, scenario: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What ``scenario`` returned, or the error it raised, on each rank."""
+        for pipe in self.pipes:
+            pipe.send((scenario, arguments))
+        answers = []
+        for rank, pipe in enumerate(self.pipes):
+            if not pipe.poll(PATIENCE):
+                self.close()
+                pytest.fail(f"rank {rank} is still waiting in {scenario.__name__}{arguments}")
+            answers.append(pipe.recv())
+        return answers
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+
+
+def _serve(rank: int, size: int, meeting: str, pipe: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
+    while True:
+        scenario, arguments = pipe.recv()
+        try:
+            answer = scenario(*arguments)
+        except BaseException as error:
+            answer = error
+            if not isinstance(error, torchflat.errors.TorchflatError | KeyboardInterrupt):
+                traceback.print_exc()
+        pipe.send(answer)
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    with tempfile.TemporaryDirectory() as folder:
+        started = Ranks(request.param, Path(folder))
+        yield started
+        started.close()
+
+
+def agree(ranks: Ranks, scenario: Callable[..., Any], *arguments: Any, rtol: float = 1e-5, atol: float = 1e-6) -> Any:
+    """Every rank returns the same bits, which are to rounding those of this one process; return them."""
+    answers = ranks(scenario, *arguments)
+    for answer in answers:
+        if isinstance(answer, BaseException):
+            raise answer
+        torch.testing.assert_close(answer, answers[0], rtol=0, atol=0)
+    torch.testing.assert_close(answers[0], scenario(*arguments), rtol=rtol, atol=atol)
+    return answers[0]
+
+
+# The same answers -----------------------------------------------------------------------------------------------------
+
+NETWORKS = ["batchnorm", "tokens", "dict_batches", "weight_decay"]
+
+
+def basics(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    torch.manual_seed(0)
+    f = network(name).objective(**options)
+    v = torch.randn(f.n, 2, generator=torch.Generator().manual_seed(1)).to(f.dtype)
+    answers = {"value": f.value(), "gradient": f.gradient(), "hvp": f.hvp(v), "again": f.hvp(v)}
+    blocks = {(i,): torch.ones(size, dtype=f.dtype) for i, size in enumerate(f.layout.sizes)}
+    products = f.block_products(blocks)
+    answers["blocks"] = torch.cat([products[block] for block in blocks])
+    answers["moved"] = f.at(1.01 * f.x).gradient()
+    answers["few rows"] = f.few_rows(2).gradient()
+    answers["rows"] = f.rows
+    answers["sha"] = [float(int(digit, 16)) for digit in f.fingerprint()]
+    answers["cost"] = [f.cost.forwards, f.cost.backwards, f.cost.products]
+    return answers
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_value_gradient_products_and_cost_are_those_of_one_process(ranks: Ranks, name: str) -> None:
+    agree(ranks, basics, name, {})
+
+
+@pytest.mark.parametrize("options", [{"microbatch": 2}, {"memory": 0}], ids=str)
+def test_cut_small_and_with_rebuilt_graphs(ranks: Ranks, options: dict[str, Any]) -> None:
+    agree(ranks, basics, "relu", options)
+
+
+def spectrum() -> dict[str, Any]:
+    f = regression(Digits(), hidden=6)
+    top = torchflat.sharpness(f)
+    ends = torchflat.eigenpairs(f, 3, which="magnitude")
+    blocks = torchflat.block_sharpness(f, top=top.vector)
+    trace, density = torchflat.trace(f), torchflat.spectral_density(f, rtol=1.0, starts=2, steps=8)
+    return {
+        "sharpness": [top.value, top.lower, top.upper, top.cost.gradients],
+        "vector": top.vector * top.vector.sign()[top.vector.abs().argmax()],
+        "eigenvalues": ends.values,
+        "trace": [trace.value, trace.lower, trace.upper],
+        "blocks": [[row.value, row.lower, row.upper, row.share] for row in blocks.rows],
+        "density": density.density,
+        "cost": f.cost.gradients,
+    }
+
+
+def test_the_spectrum_is_that_of_one_process(ranks: Ranks) -> None:
+    agree(ranks, spectrum, rtol=1e-3, atol=1e-4)
+
+
+class Digits(Dataset):  # type: ignore[type-arg]
+    """Rows by index, with a count of those that were read."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.x, self.y = torch.randn(29, 4, generator=generator), torch.randn(29, 1, generator=generator)
+        self.read = 0
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        self.read += 1
+        return self.x[index], self.y[index]
+
+
+def regression(data: Any, **options: Any) -> Objective:
+    torch.manual_seed(0)
+    hidden = options.pop("hidden", 3)
+    model = nn.Sequential(nn.Linear(4, hidden), nn.Tanh(), nn.Linear(hidden, 1))
+    return Objective(model, options.pop("loss", nn.MSELoss()), data, **options)
+
+
+def loaded(kind: str) -> dict[str, Any]:
+    digits = Digits()
+    if kind == "sampler":
+        size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        sampler = DistributedSampler(digits, size, rank, shuffle=True, seed=3)  # what a training loop has
+        data: Any = DataLoader(digits, batch_size=4, sampler=sampler)
+    else:
+        data = list(DataLoader(digits, batch_size=10))
+    f = regression(data)
+    part = f.subset(5, seed=2)
+    return {"gradient": f.gradient(), "subset": part.gradient(), "one": f.subset(1).hvp(torch.ones(f.n)), "n": f.rows}
+
+
+@pytest.mark.parametrize("kind", ["sampler", "list"])
+def test_every_kind_of_data_is_split_and_no_rank_needs_rows(ranks: Ranks, kind: str) -> None:
+    agree(ranks, loaded, kind)
+
+
+def read_by_this_rank() -> list[int]:
+    digits = Digits()
+    f = regression(digits)
+    f.gradient()
+    digits.read = 0
+    f.at(f.x).value()
+    return [digits.read, len(f.team.share(f.rows))]
+
+
+def test_a_dataset_is_read_by_its_own_rank_only(ranks: Ranks) -> None:
+    answers = ranks(read_by_this_rank)
+    assert all(read == share for read, share in answers)
+    assert sum(read for read, _ in answers) == 29
+
+
+def contrastive(model: nn.Module, batch: Any) -> tuple[Tensor, float]:
+    """A loss within batches: no sum over rows."""
+    logits = model(batch[0])
+    return ((logits - logits.mean()) ** 2).sum(), float(len(logits))
+
+
+def whole_batches() -> dict[str, Any]:
+    digits = Digits()
+    batches = [(digits.x[low : low + 6], digits.y[low : low + 6]) for low in range(0, 29, 6)]
+    f = regression(batches, loss=None, batch_loss=contrastive)
+    return {"value": f.value(), "gradient": f.gradient(), "hvp": f.hvp(torch.ones(f.n)), "few": f.few_rows(4).value()}
+
+
+def test_batches_that_cannot_be_cut_are_dealt_out_whole(ranks: Ranks) -> None:
+    agree(ranks, whole_batches)
+
+
+def alone() -> dict[str, Any]:
+    f = regression(Digits(), group="alone")
+    # Only one rank takes part: with the others in the team it would wait for ever.
+    return {"rows": f.rows, "value": f.value() if not dist.is_initialized() or dist.get_rank() == 0 else 0.0}
+
+
+def test_a_process_can_keep_to_itself(ranks: Ranks) -> None:
+    first, *others = ranks(alone)
+    torch.testing.assert_close(first, alone())
+    assert all(other == {"rows": 29, "value": 0.0} for other in others)
+
+
+def reductions() -> list[int]:
+    f = regression(Digits())
+    f.hvp(torch.ones(f.n))
+    counts, reduce = [], dist.all_reduce
+
+    def counted(*arguments: Any, **keywords: Any) -> Any:
+        counts[-1] += 1
+        return reduce(*arguments, **keywords)
+
+    dist.all_reduce = counted
+    try:
+        counts.append(0)
+        f.products(torch.eye(f.n)[:4])
+        counts.append(0)
+        f.block_products({(0, 1): torch.ones(15), (2,): torch.ones(3)})
+        counts.append(0)
+        f.gradient()
+    finally:
+        dist.all_reduce = reduce
+    return counts
+
+
+def test_one_reduction_per_pass(ranks: Ranks) -> None:
+    assert all(answer == [1, 1, 1] for answer in ranks(reductions))
+
+
+# Failing together -----------------------------------------------------------------------------------------------------
+
+
+def raised(answers: list[Any], kind: type[BaseException], *needles: str) -> None:
+    for answer in answers:
+        assert isinstance(answer, kind), answer
+        for needle in needles:
+            assert needle in str(answer)
+
+
+def with_nan() -> float:
+    digits = Digits()
+    digits.x[28, 2] = torch.nan  # the last row, which only the last rank has
+    return regression((digits.x, digits.y)).value()
+
+
+def overflowing(order: str) -> Any:
+    """x ↦ √x at 0 has an infinite derivative, in the last row only."""
+    x = torch.ones(29, 1)
+    x[28] = 0.0
+
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.w * x).abs() ** 1.5 if order == "product" else (self.w - 1 + x).sqrt()
+
+    f = Objective(Root(), nn.L1Loss(), (x, -torch.ones(29, 1)))
+    return f.gradient() if order == "gradient" else f.hvp(torch.ones(1))
+
+
+def test_what_is_not_finite_on_one_rank_is_told_by_all(ranks: Ranks) -> None:
+    last = f"(on process {len(ranks.pipes) - 1} of {len(ranks.pipes)})"
+    raised(ranks(with_nan), NonFiniteError, "the loss of micro-batch", "batch[0] (1 of", last)
+    raised(ranks(overflowing, "gradient"), NonFiniteError, "the gradient of micro-batch", last)
+    # And the ranks still understand each other.
+    agree(ranks, alone_together)
+
+
+def alone_together() -> float:
+    return regression(Digits()).value()
+
+
+class Square(torch.autograd.Function):
+    """x², by a kernel whose double backward is missing, as those of fused attention are."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return SquareBackward.apply(ctx.saved_tensors[0], gradient)
+
+
+class SquareBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gradient: Tensor) -> Tensor:
+        return 2 * x * gradient
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        raise RuntimeError("the derivative of this kernel is not implemented")
+
+
+class OnceSomewhere(nn.Module):
+    """Cannot be differentiated twice on rank 1: not at all, or not until fused kernels are switched off."""
+
+    def __init__(self, falls_back: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.line, self.falls_back = nn.Linear(4, 1), falls_back
+
+    def forward(self, x: Tensor) -> Tensor:
+        fused = dist.get_rank() == 1 and (not self.falls_back or torch.backends.cudnn.enabled)
+        return Square.apply(self.line(x)) if fused else self.line(x) ** 2
+
+
+def differing(what: str) -> Any:
+    rank = dist.get_rank()
+    digits = Digits()
+    if what == "data":
+        return regression((digits.x[rank:], digits.y[rank:])).value()
+    if what == "last row":
+        digits.y[28] += rank
+        return regression((digits.x, digits.y)).fingerprint()
+    if what == "rows":
+        return regression((digits.x + rank, digits.y)).value()
+    if what == "derivative":
+        return Objective(OnceSomewhere(falls_back=False), nn.MSELoss(), digits).hvp(torch.ones(5))
+    if what == "vector":
+        f = regression(digits)
+        return f.hvp(torch.full((f.n,), 1.0 + rank))
+    if what == "finite vector":
+        f = regression(digits)
+        return f.hvp(torch.full((f.n,), torch.nan if rank == 1 else 1.0))
+    torch.manual_seed(rank)
+    return Objective(nn.Linear(4, 1), nn.MSELoss(), digits).value()
+
+
+@pytest.mark.parametrize(
+    ("what", "kind", "needle"),
+    [
+        ("data", UsageError, "the data, which every process is handed whole, must be the same on all"),
+        ("rows", UsageError, "the data, which every process is handed whole, must be the same on all"),
+        ("last row", UsageError, "the data, which every process is handed whole, must be the same on all"),
+        ("vector", UsageError, "a vector that H is applied to, must be the same on all"),
+        ("parameters", UsageError, "the point x, or"),
+        ("finite vector", NonFiniteError, "NaN or infinity (on process 1 of"),
+        ("derivative", LossError, "(on process 1 of"),
+    ],
+)
+def test_ranks_that_were_given_different_things_say_so(
+    ranks: Ranks, what: str, kind: type[BaseException], needle: str
+) -> None:
+    raised(ranks(differing, what), kind, needle)
+
+
+def fallen_back() -> list[Any]:
+    digits = Digits()
+    f = Objective(OnceSomewhere(falls_back=True), nn.MSELoss(), digits)
+    line = OnceSomewhere(falls_back=True).line
+    exact = Objective(nn.Sequential(line, Squared()), nn.MSELoss(), digits)
+    v = torch.ones(5)
+    return [bool(torch.allclose(f.hvp(v), exact.hvp(v))), "fused kernel" in " ".join(f.provenance()["notes"])]
+
+
+class Squared(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x**2
+
+
+def test_all_ranks_give_up_a_kernel_that_fails_on_one(ranks: Ranks) -> None:
+    assert ranks(fallen_back) == [[True, True]] * len(ranks.pipes)
+
+
+def stopped(rank: int, how: str) -> list[Any]:
+    """λ₁ with a callback that stops on one rank only, or fails there."""
+
+    def callback(answer: Any) -> bool:
+        if dist.get_rank() == rank and answer.steps == 3:
+            if how == "raises":
+                raise KeyError("of the callback")
+            return True
+        return False
+
+    answer = torchflat.sharpness(regression(Digits()), rtol=1e-9, callback=callback)
+    return [answer.steps, answer.status.name]
+
+
+@pytest.mark.filterwarnings("ignore:sharpness")
+def test_a_callback_that_stops_or_fails_on_one_rank_does_on_all(ranks: Ranks) -> None:
+    for rank in (0, 1):
+        assert ranks(stopped, rank, "stops") == [[3, "BUDGET"]] * len(ranks.pipes)
+    raised(ranks(stopped, 1, "raises"), KeyError, "of the callback")
+
+
+# The audit ------------------------------------------------------------------------------------------------------------
+
+
+def audited() -> dict[str, Any]:
+    torch.manual_seed(0)
+    digits, model = Digits(), nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
+    content = torchflat.audit(Task(model, F.mse_loss, (digits.x, digits.y)), top=3).content
+    return {
+        "point": content["point"],
+        "λ₁": [content["sharpness"][key] for key in ("value", "lower", "upper")],
+        "trace": content["trace"]["value"],
+        "cost": [content["cost"][key] for key in ("forwards", "backwards", "products")],
+        "sha": [float(int(digit, 16)) for digit in content["provenance"]["data"]["sha256"]],
+    }
+
+
+def processes() -> int:
+    digits = Digits()
+    task = Task(nn.Linear(4, 1), F.mse_loss, (digits.x, digits.y))
+    nn.init.zeros_(task.make_model().weight)
+    nn.init.zeros_(task.make_model().bias)
+    return int(torchflat.audit(task, parts=()).content["provenance"]["processes"])
+
+
+def test_an_audit_is_that_of_one_process(ranks: Ranks) -> None:
+    agree(ranks, audited, rtol=1e-3, atol=1e-4)
+    assert ranks(processes) == [len(ranks.pipes)] * len(ranks.pipes)
+    assert processes() == 1
+
+
+def interrupted() -> str:
+    """Ctrl-C reaches one rank, in the middle of its work."""
+    torch.manual_seed(0)
+    digits, model = Digits(), nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
+
+    def progress(part: str, line: str, fraction: float | None) -> None:
+        if part == "sharpness" and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    try:
+        torchflat.audit(Task(model, F.mse_loss, (digits.x, digits.y)), progress=progress)
+    except Interrupted as interruption:
+        return ", ".join(interruption.report.content)
+    return "not interrupted"
+
+
+def test_an_interruption_of_one_rank_interrupts_all(ranks: Ranks) -> None:
+    expected = "schema_version, status, provenance, point, sharpness, cost"
+    assert ranks(interrupted) == [expected] * len(ranks.pipes)
+
+
+def pending() -> str:
+    """Ctrl-C outside of a block waits for the next one, and is used up by it."""
+    team, found = Team.of(None), []
+    with team.interrupted_together():
+        if team.rank == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(2):
+            try:
+                with team.together():
+                    pass
+                found.append("calm")
+            except KeyboardInterrupt:
+                found.append("interrupted")
+    return " ".join(found)
+
+
+def test_an_interruption_between_passes_waits_for_the_next(ranks: Ranks) -> None:
+    assert ranks(pending) == ["interrupted calm"] * len(ranks.pipes)
+
+
+# Sharded models -------------------------------------------------------------------------------------------------------
+
+
+def sharded(kind: str) -> list[Any]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Sequential(nn.Linear(5, 5), nn.LayerNorm(5)), nn.Linear(5, 1))
+    digits = Digits()
+    expected = Objective(model, nn.MSELoss(), digits).hvp(torch.ones(71))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    if kind == "parallel":
+        parallelize_module(model, mesh, {"0": ColwiseParallel()}, src_data_rank=None)
+    elif kind == "tensor":
+        model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh, src_data_rank=None))
+    else:
+        fully_shard(model[2], mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    if kind == "used":
+        model(digits.x)  # parameters of the outermost module stay gathered after it
+    before = [(name, type(tensor)) for name, tensor in model.named_parameters()]
+    product = Objective(model, nn.MSELoss(), digits).hvp(torch.ones(71))
+    assert before == [(name, type(tensor)) for name, tensor in model.named_parameters()]
+    model(digits.x).sum().backward()  # and it can still be trained
+    return [bool((product == expected).all()), model[0].weight.grad is not None]
+
+
+@pytest.mark.parametrize("kind", ["fresh", "used"])
+def test_a_model_sharded_by_fsdp2_is_audited_whole(ranks: Ranks, kind: str) -> None:
+    assert ranks(sharded, kind) == [[True, True]] * len(ranks.pipes)
+
+
+@pytest.mark.parametrize("kind", ["parallel", "tensor"])
+def test_a_model_sharded_otherwise_is_refused_with_the_cure(ranks: Ranks, kind: str) -> None:
+    raised(ranks(sharded, kind), UsageError, "'0.weight' is a DTensor", "get_model_state_dict")
+
+
+# Without processes ----------------------------------------------------------------------------------------------------
+
+
+@given(rows=st.integers(1, 40), size=st.integers(1, 9), batch=st.integers(1, 12), stream=st.booleans())
+def test_shares_are_disjoint_even_and_complete(rows: int, size: int, batch: int, stream: bool) -> None:
+    tensors = torch.arange(rows), torch.arange(rows)
+    pieces = list(zip(*(tensor.split(batch) for tensor in tensors), strict=True))
+    batches = as_batches(pieces if stream else tensors)
+    teams = [Team(None, rank, size, torch.device("cpu")) for rank in range(size)]
+    for by_row in (True, False):
+        shares = [[row for x, _ in batches.share(team, by_row) for row in x.tolist()] for team in teams]
+        assert sorted(row for share in shares for row in share) == list(range(rows))
+        if by_row:
+            assert shares == [list(team.share(rows)) for team in teams]
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_a_share_is_read_without_copies() -> None:
+    x = torch.arange(10)
+    (part,) = as_batches((x, x)).share(Team(None, 1, 2, torch.device("cpu")), by_row=True)
+    assert part[0].data_ptr() == x[5:].data_ptr() and row_count(part) == 5
+
+
+def test_data_that_changes_is_noticed_by_every_rank() -> None:
+    class Growing:
+        passes = 0
+
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            self.passes += 1
+            yield torch.zeros(3 + self.passes, 1), torch.zeros(3 + self.passes, 1)
+
+    batches = as_batches(Growing())
+    for rank in range(2):
+        with pytest.raises(DataError, match="changes between passes: 4 rows at first"):
+            list(batches.share(Team(None, rank, 2, torch.device("cpu")), by_row=True))
+
+
+def test_one_process_without_a_group_is_a_team_of_one() -> None:
+    team = Team.of(None)
+    bucket = Bucket(team, length=3, numbers=2)
+    with team.summed(bucket):
+        bucket.numbers = [1.0, 2.0]
+    assert (team.size, team.first, bucket.numbers, bucket.sums.tolist()) == (1, True, [1.0, 2.0], [0.0, 0.0, 0.0])
+    assert team.anywhere(lambda: True) and not team.anywhere(lambda: False)
+    with pytest.raises(KeyError, match="'of the body'"), team.together():
+        raise KeyError("of the body")
+
+
+def test_a_group_that_is_none_is_refused() -> None:
+    with pytest.raises(UsageError, match="group='everyone': it must be a process group, None or 'alone'"):
+        regression(Digits(), group="everyone")
+
+
+# torchrun -------------------------------------------------------------------------------------------------------------
+
+TASK = """
+import os, torch, torchflat
+from torch import nn
+
+X, Y = torch.eye(5), torch.zeros(5, 1)
+
+def task():
+    return torchflat.Task(lambda: nn.Linear(5, 1, bias=False), nn.functional.mse_loss, (X, Y))
+
+def broken_somewhere():
+    if os.environ["RANK"] == "1":
+        raise FileNotFoundError("not on this machine")
+    return task()
+"""
+
+
+def torchrun(place: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    (place / "task.py").write_text(TASK)
+    torch.save({"weight": torch.ones(1, 5)}, place / "line.pt")
+    here = str(Path(torchflat.__file__).parent.parent)
+    environment = {**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "-m", "torchflat", "audit", "line.pt", *arguments]
+    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_torchrun_audits_into_one_folder(tmp_path: Path) -> None:
+    done = torchrun(tmp_path, "--task", "task.py:task", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    content = json.loads(done.stdout)  # one report, and nothing else
+    assert content["provenance"]["processes"] == 2
+    assert content["sharpness"]["lower"] <= 0.4 <= content["sharpness"]["upper"]  # 2 XᵀX / 5
+    assert sorted(path.name for path in tmp_path.glob("torchflat-audit-*")) == ["torchflat-audit-1"]
+    assert done.stderr.count("torchflat: the report is in") == 1
+
+
+def test_torchrun_tells_an_error_of_any_process_once(tmp_path: Path) -> None:
+    done = torchrun(tmp_path, "--task", "task.py:broken_somewhere", "-o", "out")
+    assert done.returncode != 0 and done.stdout == ""
+    assert done.stderr.count("torchflat: error: ") == 1
+    assert "FileNotFoundError: not on this machine (on process 1 of 2)" in done.stderr
+    assert not (tmp_path / "out").exists()
