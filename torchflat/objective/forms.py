@@ -33,9 +33,10 @@ class Forms:
 
     @classmethod
     def of(cls, table: Tensor) -> Forms:
-        """Read the table of :func:`group_forms`."""
-        weights, sums, units, strata, cut = table.T
-        return cls(weights, sums, units, strata.long(), bool(cut.all()))
+        """Read the table of :func:`group_forms`; strata are numbered from 0 on."""
+        weights, sums, units, numbers, cut = table.T
+        strata = torch.unique(numbers, return_inverse=True)[1]
+        return cls(weights, sums, units, strata, bool(cut.all()))
 
     @property
     def mean(self) -> float:
@@ -47,7 +48,7 @@ def group_forms(graphs: Graphs, vector: Sequence[Tensor], share: float, seed: in
     """Return the columns of :class:`Forms`, of at least ``share`` groups for each row, in one table.
 
     Every row goes through one graph that is built, used once and dropped: a micro-batch at most is alive at a time.
-    Strata are numbered from ``first``.
+    Strata get numbers of their own from ``first`` on.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     table: list[tuple[float, ...]] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -549,7 +550,8 @@ class Objective:
                 if not out_of_memory(error):
                     raise
                 relief = self._graphs.relieve()
-                if self.team.anywhere(lambda relief=relief: relief is None):
+                hopeless = functools.partial(operator.is_, relief, None)
+                if self.team.anywhere(hopeless):
                     raise
                 self.note(str(relief))
 
