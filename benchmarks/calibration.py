@@ -1,11 +1,12 @@
-"""How often intervals miss, on random symmetric matrices of every awkward kind, with fresh seeds.
+"""How often intervals miss, on random symmetric matrices and finite sums of every awkward kind, with fresh seeds.
 
-    python benchmarks/calibration.py [--count 500] [--entropy N] [--out benchmarks/results/calibration.json]
+    python -m benchmarks.calibration [--what matrices | sums] [--count 500] [--entropy N] [--out FILE]
 
 A run counts as a miss if the truth lies outside its interval at any step, not only at the last one, so that runs cut
 short anywhere are counted too. ``allowed`` is the 99.9 % quantile of the misses of an interval with exactly the
 probability asked for. The entropy that the problems were drawn from is in the results: with it, a run repeats.
-Takes about a quarter of an hour on one core.
+Takes about a quarter of an hour on one core. Sums are for method="multilevel", and are told apart by what the upper
+bound rests on.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import calibration
+import finite_sums
 
 import torchflat
 
@@ -68,33 +70,50 @@ def rows(count: int, entropy: int) -> Iterator[tuple[dict[str, Any], calibration
         yield what, calibration.calibrate_trace(given, seed, delta, 5e-2)
 
 
+def matrices(count: int, entropy: int) -> Iterator[dict[str, Any]]:
+    for what, tally in rows(count, entropy):
+        row = {**what, **outcome(tally.runs, len(tally.missed), what["delta"]), "faults": len(tally.faults)}
+        row["statuses"] = dict(tally.statuses)
+        if tally.worst_step_ratio:
+            row["steps_over_plain_t090"] = round(tally.worst_step_ratio, 3)
+        yield row
+
+
+def sums(count: int, entropy: int) -> Iterator[dict[str, Any]]:
+    streams = np.random.default_rng(entropy)
+    for delta in (0.5, 0.1, 0.01):
+        for certify in ("auto", "krylov"):
+            given = finite_sums.finite_sums(int(streams.integers(2**62)), count)
+            tally = finite_sums.calibrate_multilevel(given, delta, 1e-2, certify)
+            for basis, runs in sorted(tally.runs.items()):
+                what = {"what": f"multilevel, certify={certify}, basis={basis}", "delta": delta, "rtol": 1e-2}
+                yield {**what, **outcome(runs, tally.misses[basis], delta), "faults": len(tally.faults)}
+
+
+def outcome(runs: int, misses: int, delta: float) -> dict[str, int]:
+    return {"runs": runs, "misses": misses, "allowed": calibration.allowed(runs, delta)}
+
+
+WHAT = {"matrices": (matrices, "calibration.json"), "sums": (sums, "calibration_sums.json")}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--entropy", type=int, default=None, help="repeat an earlier run")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "calibration.json")
+    parser.add_argument("--what", choices=list(WHAT), default="matrices")
+    parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
+    work, file = WHAT[options.what]
+    out = options.out or Path(__file__).parent / "results" / file
     entropy = calibration.fresh_entropy() if options.entropy is None else options.entropy
     print(f"entropy {entropy}", flush=True)
     table, started = [], time.monotonic()
-    for what, tally in rows(options.count, entropy):
-        allowed = calibration.allowed(tally.runs, what["delta"])
-        row = {
-            **what,
-            "runs": tally.runs,
-            "misses": len(tally.missed),
-            "allowed": allowed,
-            "faults": len(tally.faults),
-            "statuses": dict(tally.statuses),
-        }
-        if tally.worst_step_ratio:
-            row["steps_over_plain_t090"] = round(tally.worst_step_ratio, 3)
+    for row in work(options.count, entropy):
         table.append(row)
-        verdict = "ok" if len(tally.missed) <= allowed and not tally.faults else f"FAILED {tally}"
-        print(
-            f"{what['what']:<58} δ={what['delta']:<5} {len(tally.missed):>4}/{tally.runs} (≤ {allowed}) {verdict}",
-            flush=True,
-        )
+        verdict = "ok" if row["misses"] <= row["allowed"] and not row["faults"] else "FAILED"
+        counts = f"{row['misses']:>4}/{row['runs']} (≤ {row['allowed']})"
+        print(f"{row['what']:<58} δ={row['delta']:<5} {counts} {verdict}", flush=True)
     result = {
         "entropy": entropy,
         "seconds": round(time.monotonic() - started),
@@ -104,8 +123,8 @@ def main() -> None:
         "processor": platform.machine(),
         "rows": table,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":
