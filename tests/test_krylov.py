@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import math
+import tempfile
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from calibration import held, plain_bound, problem, quadratic
 from torch import Tensor
 
 from torchflat import Objective
+from torchflat.errors import TorchflatError
 from torchflat.spectrum.krylov import Krylov, power_of_two, random_unit_vector
 
 CPU = torch.device("cpu")
@@ -181,16 +184,52 @@ def test_memory_is_given_back_after_an_interruption() -> None:
     assert f.memory.vectors == own
 
 
-def test_basis_stays_within_its_share_of_the_budget() -> None:
-    matrix = symmetric(200)
-    f = Objective.from_function(
-        lambda x: x @ matrix @ x / 2, torch.zeros(200, dtype=torch.float64), memory=40 * 200 * 8
+def small_budget(matrix: torch.Tensor, rows: int) -> Objective:
+    """xᵀAx/2, with memory for so many Krylov vectors."""
+    n = len(matrix)
+    return Objective.from_function(
+        lambda x: x @ matrix @ x / 2, torch.zeros(n, dtype=matrix.dtype), memory=2 * rows * n * 8
     )
-    krylov = Krylov.of(f, 0, "test")
-    while not krylov.full:
-        krylov.step()
-    assert krylov.steps == 20
-    assert not krylov.exhausted
+
+
+def test_vectors_beyond_the_budget_change_no_more_than_rounding() -> None:
+    matrix = symmetric(200)
+    f = small_budget(matrix, 20)
+    own = held(f)
+    with Krylov.of(f, 0, "test") as krylov, Krylov.of(quadratic(matrix), 0, "test") as plain:
+        for _ in range(60):
+            krylov.step(), plain.step()
+        assert f.memory.vectors - own == 20 * 200 * 8
+        assert torch.allclose(krylov.ritz()[0], plain.ritz()[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(krylov.basis, plain.basis, rtol=0, atol=1e-9)
+        assert torch.allclose(krylov.basis @ krylov.basis.T, torch.eye(60, dtype=torch.float64), atol=1e-13)
+        vectors = [run.vectors(run.ritz()[1][:, -3:]) for run in (krylov, plain)]
+        torch.testing.assert_close(*vectors, rtol=0, atol=1e-8)
+        assert krylov.latest.shape == (200,)
+    assert f.memory.vectors == own
+
+
+@pytest.mark.parametrize("fixed", [1, 25])
+def test_deflated_vectors_beyond_the_budget(fixed: int) -> None:
+    matrix = symmetric(80)
+    known = torch.linalg.eigh(matrix)[1][:, -fixed:].T.contiguous()
+    with Krylov.of(small_budget(matrix, 20), 0, "test", deflated=known) as krylov:
+        while not krylov.exhausted:
+            krylov.step()
+        left = torch.linalg.eigvalsh(matrix)[:-fixed]
+        assert torch.allclose(krylov.ritz()[0], left, atol=1e-9)
+        assert float((krylov.basis @ known.T).abs().max()) < 1e-13
+
+
+def test_a_disk_without_room_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(**_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", no_room)
+    told = r"holds 4 vectors.*No space left on device.*raise memory=.*TMPDIR"
+    with Krylov.of(small_budget(symmetric(50), 4), 0, "test") as krylov, pytest.raises(TorchflatError, match=told):
+        for _ in range(10):
+            krylov.step()
 
 
 @pytest.mark.parametrize("amplitude", [1e-320, 1e-200, 0.3, 1.0, 1e200, 1.7e308])

@@ -276,13 +276,21 @@ def test_own_run_is_released_and_a_shared_one_is_not() -> None:
         sharpness(f, method="power", krylov=krylov)
 
 
-def test_a_full_basis_ends_the_run() -> None:
+def linspaced(memory: int) -> Objective:
     matrix = torch.diag(torch.linspace(0, 1, 300, dtype=torch.float64))
-    f = Objective.from_function(
-        lambda x: x @ matrix @ x / 2, torch.zeros(300, dtype=torch.float64), memory=16 * 300 * 8
-    )
+    return Objective.from_function(lambda x: x @ matrix @ x / 2, torch.zeros(300, dtype=torch.float64), memory=memory)
+
+
+def test_a_small_memory_budget_changes_no_answer() -> None:
+    small, large = (sharpness(linspaced(memory), 1e-9, budget=1e6) for memory in (16 * 300 * 8, 2**30))
+    assert small.status is large.status is Status.CONVERGED and small.steps == large.steps
+    assert (small.value, small.upper) == pytest.approx((large.value, large.upper), rel=1e-13)
+
+
+def test_the_longest_run_ends_with_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchflat.spectrum.krylov.LARGEST_BASIS", 16)
     with pytest.warns(NotConvergedWarning, match="BUDGET"):
-        answer = sharpness(f, 1e-9, budget=1e6)
+        answer = sharpness(linspaced(2**30), 1e-9, budget=1e6)
     assert answer.steps == 16
     assert answer.lower <= 1 <= answer.upper
 

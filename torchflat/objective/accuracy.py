@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["Accuracy", "second_derivative_fault"]
 
 # Rows on which products are compared with float64 ones, and with differences of the gradient.
-SAMPLE_ROWS = 256
+SAMPLE_ROWS = 64
 DIFFERENCE_ROWS = 16
 # Points one rounding away, at which products are compared where there is no float64.
 NEIGHBOURS = 2

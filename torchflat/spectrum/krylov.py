@@ -11,16 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchflat import ops
 from torchflat.objective import Objective
 from torchflat.objective.memory import Memory
+from torchflat.spectrum.basis import Basis
 from torchflat.spectrum.bounds import polynomial_upper_bound
 
 __all__ = ["MARGIN", "REDUCTION_ULPS", "Bounds", "Krylov", "generator", "power_of_two", "random_unit_vector"]
 
-# Rows are reserved once, as much as half the memory budget holds; on the CPU they cost nothing until they are written.
+# No run takes more steps.
 LARGEST_BASIS = 1024
-SMALLEST_BASIS = 16
 # Rounding in orthogonalisation and in T, in units of ε·‖T‖. Independent of n, because sums are taken in float64.
 REDUCTION_ULPS = 64
 # Products were seen to err in directions outside the Krylov space too: margin on what is measured inside it.
@@ -73,7 +72,8 @@ class Krylov:
 
     Numbers are kept in units of a power of two near ‖H u‖, so that neither tiny nor huge curvature under- or overflows.
 
-    The rows count against the memory budget until :meth:`release`, which leaving a ``with`` block calls.
+    The rows count against the memory budget until :meth:`release`, which leaving a ``with`` block calls; what it cannot
+    hold is kept on disk (:class:`~torchflat.spectrum.basis.Basis`).
     """
 
     def __init__(
@@ -100,22 +100,20 @@ class Krylov:
         self.exhausted = False
         self._eigen: tuple[Tensor, Tensor] | None = None
         self._best: dict[tuple[str, float], float] = {}
-        affordable = memory.total // (2 * n * torch.finfo(dtype).bits // 8)
-        self._capacity = min(self.dimension, LARGEST_BASIS, max(SMALLEST_BASIS, affordable))
-        self._rows = torch.empty(self._fixed + self._capacity, n, dtype=dtype, device=device)
-        self._written = 0
+        self._capacity = min(self.dimension, LARGEST_BASIS)
+        self._basis = Basis(n, self._fixed + self._capacity, dtype, device, memory)
         for row in deflated if deflated is not None else ():
-            self._write(row)
+            self._basis.append(row)
         vector = random_unit_vector(n, seed, stream, torch.float64, device)
-        _, norm = self._orthogonalise(vector)
+        _, norm = self._basis.orthogonalise(vector)
         vector /= norm
         self.share = 1.0
         if start is not None:
             vector.mul_(fresh).add_(start)
-            _, norm = self._orthogonalise(vector)
+            _, norm = self._basis.orthogonalise(vector)
             vector /= norm
             self.share = fresh / norm
-        self._write(vector)
+        self._basis.append(vector)
 
     @classmethod
     def of(
@@ -161,18 +159,18 @@ class Krylov:
 
     @property
     def full(self) -> bool:
-        """Whether the memory budget has no room for another step."""
+        """Whether as many steps were taken as a run may have."""
         return self.steps == self._capacity and not self.exhausted
 
     @property
     def basis(self) -> Tensor:
-        """The k Lanczos vectors, as rows."""
-        return self._rows[self._fixed : self._fixed + self.steps]
+        """The k Lanczos vectors, as rows, all of them in memory."""
+        return self._basis.combined(torch.eye(self.steps, dtype=torch.float64), self._fixed)
 
     @property
     def latest(self) -> Tensor:
         """The vector that the next step takes the product of."""
-        return self._rows[self._written - 1]
+        return self._basis.latest
 
     @property
     def norm(self) -> float:
@@ -185,7 +183,7 @@ class Krylov:
         if not self.alphas:
             self.scale = power_of_two(float(residual.abs().max()))
         residual /= self.scale
-        coefficients, norm = self._orthogonalise(residual)
+        coefficients, norm = self._basis.orthogonalise(residual)
         self._measure_rounding(coefficients[self._fixed : -1])
         self.alphas.append(coefficients[-1])
         self._eigen = None
@@ -195,7 +193,7 @@ class Krylov:
         self.exhausted = self.steps == self.dimension or norm <= noise
         self.betas.append(max(norm, noise))
         if not self.exhausted and not self.full:
-            self._write(residual / norm)
+            self._basis.append(residual.div_(norm))
 
     def worth_a_look(self) -> bool:
         """Whether to diagonalise T now: at every step at first, and later often enough to overshoot by 3 % at most."""
@@ -212,9 +210,9 @@ class Krylov:
 
     def vectors(self, coefficients: Tensor) -> Tensor:
         """Return the rows Σ cᵢ vᵢ for the columns c of ``coefficients`` (k, m): a (m, n) tensor of unit rows."""
-        rows = coefficients.T.to(self.device, self.dtype) @ self.basis
+        rows = self._basis.combined(coefficients, self._fixed)
         norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
-        return torch.div(rows, norms.to(self.dtype))
+        return rows.div_(norms.to(self.dtype))
 
     def residuals(self) -> Tensor:
         """‖H y − θ y‖ for every Ritz pair, ascending in θ: βₖ times the last components, and the measured rounding."""
@@ -251,12 +249,7 @@ class Krylov:
 
     def release(self) -> None:
         """Give the basis back to the memory budget. T, and all that rests on it, stays."""
-        self._memory.vectors -= self._written * self._row_bytes
-        self._rows, self._written = self._rows[:0], 0
-
-    @property
-    def _row_bytes(self) -> int:
-        return self.n * self._rows.element_size()
+        self._basis.release()
 
     def _bound(self, end: str, ritz: list[float], delta: float) -> float:
         if self.share == 0:
@@ -272,19 +265,9 @@ class Krylov:
     def _ritz_values(self) -> list[float]:
         return (self.ritz()[0] / self.scale).tolist() if self.alphas else []
 
-    def _orthogonalise(self, vector: Tensor) -> tuple[list[float], float]:
-        coefficients, norm = ops.orthogonalize_(self._rows[: self._written], vector)
-        *removed, left = torch.cat([coefficients, norm.reshape(1)]).tolist()
-        return removed, left
-
     def _measure_rounding(self, coefficients: list[float]) -> None:
         # In exact arithmetic ⟨vᵢ, H vₖ⟩ is zero for i < k − 1 and βₖ₋₁ for i = k − 1. What is left is the rounding of
         # products and dots, seen inside the space for nothing.
         if coefficients:
             noise = [*coefficients[:-1], coefficients[-1] - self.betas[-1]]
             self.rounding = max(self.rounding, math.sqrt(sum(value * value for value in noise)))
-
-    def _write(self, row: Tensor) -> None:
-        self._rows[self._written] = row
-        self._written += 1
-        self._memory.vectors += self._row_bytes
