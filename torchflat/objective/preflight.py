@@ -18,6 +18,8 @@ from torchflat.objective.ledger import Ledger
 __all__ = ["preflight"]
 
 SAMPLE_ROWS = 256
+# ... but a small share of all rows, and that many at least.
+SAMPLE_SHARE, FEWEST_ROWS = 1 / 32, 16
 # A batch that fails in part is tried as a whole up to this size.
 LARGEST_WHOLE = 4096
 # Relative differences that rounding explains, in units of ε, before the comparison is repeated in float64.
@@ -68,7 +70,8 @@ def preflight(term: Term, parameters: Sequence[Tensor], batches: Batches, limit:
         ReproducibilityError: two evaluations on the same rows differ.
         LossError: the loss is not a mean over rows, and was not given as a sum with a weight.
     """
-    rows = min(SAMPLE_ROWS, limit or SAMPLE_ROWS)
+    wanted = min(SAMPLE_ROWS, max(FEWEST_ROWS, int(SAMPLE_SHARE * batches.rows)))
+    rows = min(wanted, limit or wanted)
     sample, again = batches.sample(rows), batches.sample(rows)
     cuttable = row_count(sample) is not None
     try:
