@@ -347,7 +347,9 @@ def test_what_is_derived_is_charged_to_where_it_came_from() -> None:
     before, own = f.cost, half.cost
     half.gradient()
     half.hvp(torch.ones(f.n))
-    assert half.cost.products - own.products == pytest.approx(1 + 16 / 25)  # the check of the second derivative
+    assert half.cost.products - own.products == pytest.approx(
+        1 + DIFFERENCE_ROWS / 25
+    )  # the check of the second derivative
     _assert_counted(f, counts)
     moved = half.at(f.x + 1)
     own = half.cost

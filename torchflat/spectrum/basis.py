@@ -11,11 +11,12 @@ from torch import Tensor
 
 from torchflat import ops
 from torchflat.errors import TorchflatError
+from torchflat.objective.graphs import WORKSPACE_VECTORS
 from torchflat.objective.memory import Memory
 
 __all__ = ["Basis"]
 
-# Vectors may take this share of the memory budget; the rest is for graphs.
+# Rows may take this share of the memory budget, and what the workspace of a product leaves; the rest is for graphs.
 SHARE = 1 / 2
 # Rows come back from the file so many bytes at once, or one row.
 CHUNK = 16 * 2**20
@@ -31,7 +32,7 @@ class Basis:
     def __init__(self, n: int, most: int, dtype: torch.dtype, device: torch.device, memory: Memory) -> None:
         self.n, self.dtype, self.device, self._memory = n, dtype, device, memory
         self._row_bytes = n * torch.finfo(dtype).bits // 8
-        affordable = int(SHARE * memory.total) // self._row_bytes
+        affordable = int(min(SHARE * memory.total, memory.total - WORKSPACE_VECTORS * 8 * n)) // self._row_bytes
         # Reserved once; on the CPU rows cost nothing until they are written.
         self._rows = torch.empty(min(most, max(1, affordable)), n, dtype=dtype, device=device)
         self._file: BinaryIO | None = None
@@ -63,7 +64,7 @@ class Basis:
             self._file.write(buffer)
         except OSError as error:
             raise TorchflatError(
-                f"the memory budget holds {self._held} vectors, and the next one could not be written to "
+                f"the memory budget holds {self._held} of the vectors, and the next one could not be written to "
                 f"{tempfile.gettempdir()} ({error.strerror}): raise memory=, or point TMPDIR to a disk with room"
             ) from error
         self._filed += 1
