@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import torchflat
 from torchflat import Objective
 from torchflat.errors import DataError, LossError, NonFiniteError, ReproducibilityError, UsageError
+from torchflat.objective.accuracy import DIFFERENCE_ROWS
 
 DIGITS = {torch.float64: 1e-12, torch.float32: 2e-6}
 
@@ -347,9 +348,8 @@ def test_what_is_derived_is_charged_to_where_it_came_from() -> None:
     before, own = f.cost, half.cost
     half.gradient()
     half.hvp(torch.ones(f.n))
-    assert half.cost.products - own.products == pytest.approx(
-        1 + DIFFERENCE_ROWS / 25
-    )  # the check of the second derivative
+    # With the check of the second derivative.
+    assert half.cost.products - own.products == pytest.approx(1 + DIFFERENCE_ROWS / 25)
     _assert_counted(f, counts)
     moved = half.at(f.x + 1)
     own = half.cost

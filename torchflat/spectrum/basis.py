@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import weakref
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -60,6 +61,7 @@ class Basis:
         try:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(prefix="torchflat-")  # noqa: SIM115
+                weakref.finalize(self, self._file.close).atexit = False
             self._file.seek(self._filed * self._row_bytes)
             self._file.write(buffer)
         except OSError as error:
