@@ -177,6 +177,31 @@ def regression(data: Any, **options: Any) -> Objective:
     return Objective(model, options.pop("loss", nn.MSELoss()), data, **options)
 
 
+def few_passes() -> dict[str, Any]:
+    """Scores of rows, forms of groups, and λ₁ by shards, on rows that do not divide evenly; some stand out."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(5003, 40, generator=generator, dtype=torch.float64) * torch.arange(1.0, 41.0).double() ** -0.6
+    x[-2:] *= 12
+    torch.manual_seed(0)
+    f = Objective(nn.Linear(40, 1, bias=False).double(), F.mse_loss, (x, x[:, :1]))
+    found = torchflat.sharpness(f, method="multilevel")
+    forms = f.quadratic_forms(found.vector)
+    return {
+        "scores": f.row_curvatures(seed=3),
+        "interval": [found.lower, found.value, found.upper],
+        "basis": [float(found.basis == "shards")],
+        "vector": found.vector,
+        "forms": [forms.mean, float(forms.units.sum())],
+        "tracked": torchflat.sharpness(f, start=found, fresh=0).value,
+        "cost": [found.cost.forwards, found.cost.backwards, found.cost.products],
+    }
+
+
+def test_shards_and_scores_are_those_of_one_process(ranks: Ranks) -> None:
+    answers = agree(ranks, few_passes)
+    assert answers["basis"] == [1.0]
+
+
 def loaded(kind: str) -> dict[str, Any]:
     digits = Digits()
     if kind == "sampler":
