@@ -137,22 +137,24 @@ def _height_of_one_eigenvalue(report: Mapping[str, Any]) -> float | None:
 
 
 def convergence(report: Mapping[str, Any]) -> Figure:
-    """Draw λ₁ with its interval, and the relative width of the interval, against the products spent."""
+    """Draw λ₁ with its interval, and the relative width of the interval, against the gradients spent."""
     history = report["sharpness"]["history"]
-    products = [entry["products"] for entry in history]
+    # Reports of older versions have no costs there.
+    unit = "gradients" if all("gradients" in entry for entry in history) else "products"
+    spent = [entry[unit] for entry in history]
     with _figure(8, 3.6, columns=2) as (figure, (left, right)):
-        _band(left, products, history)
-        left.set(xlabel="Hessian products", ylabel="λ₁")
+        _band(left, spent, history)
+        left.set(xlabel=f"cost, in {unit}", ylabel="λ₁")
         left.set_title("Interval of λ₁")
         _focus(left, history)
-        known = [(entry["products"], width) for entry in history if (width := _relative_width(entry))]
+        known = [(entry[unit], width) for entry in history if (width := _relative_width(entry))]
         if known:
             right.plot(*zip(*known, strict=True), color=BLUE, marker="o", markersize=4)
             # Whole decades: else there may be no labelled tick at all.
             powers = [math.log10(width) for _, width in known]
             right.set_ylim(10.0 ** math.floor(min(powers)), 10.0 ** math.ceil(max(powers) + 1e-9))
             _logarithmic(right)
-        right.set(xlabel="Hessian products", xlim=left.get_xlim())
+        right.set(xlabel=f"cost, in {unit}", xlim=left.get_xlim())
         right.set_title("Width of the interval / |λ₁|")
         for axes in (left, right):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
@@ -176,6 +178,8 @@ def _band(axes: Axes, x: Sequence[float], entries: Sequence[Mapping[str, Any]]) 
     """Draw values as a line with their intervals as a band; a bound that is not known leaves a gap in the band."""
     value, lower, upper = ([_nan(entry[key]) for entry in entries] for key in ("value", "lower", "upper"))
     axes.fill_between(x, lower, upper, color=BLUE, alpha=0.22, linewidth=0)
+    # A band has no width where only one entry has bounds.
+    axes.vlines(x, lower, upper, color=BLUE, alpha=0.5, linewidth=1.5)
     axes.plot(x, value, color=BLUE, marker="o", markersize=4)
 
 

@@ -35,7 +35,8 @@ __all__ = ["report_page", "trajectory_page"]
 _BASIS = {
     "krylov": "The upper bound rests on what the Lanczos run itself saw from its random start.",
     "deflation": "The upper bound rests on a Lanczos run on what is left once the known eigenvectors are taken out.",
-    "shards": "The upper bound rests on the excess of the largest eigenvalue over random shards of the data.",
+    "shards": "What was not found is bounded by random shards of the rows: that takes it that their curvature scatters "
+    "like a normal variable once rows of outlying curvature are in each of them.",
 }
 _PNG_SIZE = slice(16, 24)  # width and height, 4 bytes each, big-endian, in the header of every PNG
 
@@ -139,7 +140,7 @@ def _interval_sentence(sharpness: Mapping[str, Any], interval: str, level: str) 
     basis = _BASIS.get(sharpness.get("basis") or "", "")
     return (
         f"The largest eigenvalue of the Hessian, over all the data, lies in {interval} with a probability of at least "
-        f"{level}, taken over the random start of the measurement. {basis}"
+        f"{level}, taken over the random choices of the measurement. {basis}"
     )
 
 

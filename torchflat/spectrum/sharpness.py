@@ -47,7 +47,7 @@ class Sharpness(Interval):
 
     ``residual`` is ‖H v − value·v‖ for the unit ``vector``; a small one proves that an eigenvalue is near, not that it
     is the top one.
-    ``steps`` counts products, and ``history`` has the interval after each look at the run.
+    ``steps`` counts products with all the data, and ``history`` has the interval after each look at the run.
     """
 
     status: Status
@@ -256,7 +256,14 @@ def _solve(f: Objective, run: Run, process: Process, instead: Callable[[], Proce
     product_error: float | None = None
 
     def answer(bounds: Bounds, status: Status, vector: Tensor) -> Sharpness:
-        known = {"products": process.steps, "value": bounds.value, "lower": bounds.lower, "upper": bounds.upper}
+        cost = run.cost
+        known = {
+            "products": process.steps,
+            "gradients": cost.gradients,
+            "value": bounds.value,
+            "lower": bounds.lower,
+            "upper": bounds.upper,
+        }
         return Sharpness(
             value=bounds.value,
             lower=bounds.lower,
@@ -268,7 +275,7 @@ def _solve(f: Objective, run: Run, process: Process, instead: Callable[[], Proce
             residual=process.residual,
             floor=bounds.floor,
             steps=process.steps,
-            cost=run.cost,
+            cost=cost,
             provenance=f.provenance(),
             history=(*history, known),
         )
