@@ -124,10 +124,11 @@ class Krylov:
         deflated: Tensor | None = None,
         start: Tensor | None = None,
         fresh: float = 1.0,
+        product: Callable[[Tensor], Tensor] | None = None,
     ) -> Krylov:
-        """Make the process for H = ∇²f(x)."""
+        """Make the process for H = ∇²f(x), or for another ``product`` in the same place, precision and memory."""
         return cls(
-            lambda row: f.products(row[None])[0],
+            product or (lambda row: f.products(row[None])[0]),
             f.n,
             seed=seed,
             stream=stream,

@@ -42,19 +42,8 @@ class Mixture:
 
     def krylov(self, seed: int, stream: str, deflated: Tensor | None = None, start: Tensor | None = None) -> Krylov:
         """Start the Lanczos process on it: at random, or at ``start``."""
-        f = self._parts[0][1]
-        return Krylov(
-            self.product,
-            f.n,
-            seed=seed,
-            stream=stream,
-            dtype=f.dtype,
-            device=f.device,
-            memory=f.memory,
-            deflated=deflated,
-            start=start,
-            fresh=1.0 if start is None else 0.0,
-        )
+        fresh = 1.0 if start is None else 0.0
+        return Krylov.of(self._parts[0][1], seed, stream, deflated, start, fresh, self.product)
 
 
 @dataclass(frozen=True)
