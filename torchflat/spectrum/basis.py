@@ -38,6 +38,9 @@ class Basis:
         self._rows = torch.empty(min(most, max(1, affordable)), n, dtype=dtype, device=device)
         self._file: BinaryIO | None = None
         self._held = self._filed = 0
+        self._counted = [0]
+        # An error may drop a basis that nobody released.
+        weakref.finalize(self, _forget, memory, self._counted).atexit = False
         self.latest = self._rows[:0]
 
     def __len__(self) -> int:
@@ -54,6 +57,7 @@ class Basis:
             self.latest = self._rows[self._held]
             self._held += 1
             self._memory.vectors += self._row_bytes
+            self._counted[0] += self._row_bytes
             return
         self.latest = row.to(self.dtype)
         buffer = bytearray(self._row_bytes)
@@ -100,7 +104,7 @@ class Basis:
 
     def release(self) -> None:
         """Give all of it back; no rows are left."""
-        self._memory.vectors -= self._held * self._row_bytes
+        _forget(self._memory, self._counted)
         self._rows = self.latest = self._rows[:0]
         self._held = self._filed = 0
         if self._file is not None:
@@ -119,3 +123,8 @@ class Basis:
             chunk = memoryview(buffer)[: rows * self._row_bytes]
             self._file.readinto(chunk)  # type: ignore[attr-defined]
             yield torch.frombuffer(chunk, dtype=self.dtype).view(rows, self.n).to(self.device)
+
+
+def _forget(memory: Memory, counted: list[int]) -> None:
+    memory.vectors -= counted[0]
+    counted[0] = 0
