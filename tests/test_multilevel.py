@@ -188,7 +188,7 @@ def test_certificate_without_sampling() -> None:
 
 def test_order_of_the_rows_does_not_matter() -> None:
     rng = np.random.default_rng(3)
-    rows, n, classes = 12_000, 120, 10
+    rows, n, classes = 18_000, 120, 10
     labels = np.sort(rng.integers(classes, size=rows))
     x = rng.standard_normal((rows, n)) + 2 * rng.standard_normal((classes, n))[labels]
     x[-120:] *= 6

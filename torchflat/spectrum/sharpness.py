@@ -25,7 +25,7 @@ __all__ = ["METHODS", "Sharpness", "sharpness"]
 METHODS = ("auto", "lanczos", "power", "multilevel")
 CERTIFICATES = ("auto", "krylov")
 # From here on subsamples and shards cost less than the products that they save; measured on trained networks.
-MANY_ROWS, MANY_PARAMETERS, MANY_GRADIENTS = 8000, 1000, 40
+MANY_ROWS, MANY_PARAMETERS, MANY_GRADIENTS = 16_000, 1000, 40
 # Share of the probability of a miss for multilevel; the rest is for Lanczos where that is fallen back on.
 MULTILEVEL_DELTA = 0.9
 # The answer in progress that a callback sees has no vector: it would cost a pass over the Krylov basis.
