@@ -170,6 +170,7 @@ def test_memory_is_accounted_for_and_given_back() -> None:
         assert f.memory.vectors - own == 8 * 50 * 8
         values = krylov.ritz()[0]
     assert f.memory.vectors == own
+    assert krylov._basis._rows.untyped_storage().nbytes() == 0
     krylov.release()
     assert f.memory.vectors == own
     assert torch.equal(krylov.ritz()[0], values)

@@ -105,7 +105,8 @@ class Basis:
     def release(self) -> None:
         """Give all of it back; no rows are left."""
         _forget(self._memory, self._counted)
-        self._rows = self.latest = self._rows[:0]
+        # A slice of the rows would keep all of them alive.
+        self._rows = self.latest = torch.empty(0, self.n, dtype=self.dtype, device=self.device)
         self._held = self._filed = 0
         if self._file is not None:
             self._file.close()

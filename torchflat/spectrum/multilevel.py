@@ -291,8 +291,8 @@ class Multilevel:
 
     def _correction(self, sample: Mixture) -> Tensor:
         """Solve (H_S − θ)t = −R c on the complement, for the mixture c of pairs that the upper bound rests on."""
-        block, gap = self._block, float(self._block.values[0]) - self._rest
-        mixture = torch.linalg.eigh(torch.diag(block.values) + self._gram / gap)[1][:, -1]
+        block = self._block
+        mixture = torch.linalg.eigh(torch.diag(block.values) + self._gram / self._gap)[1][:, -1]
         theta = float(mixture @ (block.values * mixture))
         missing = mixture.to(self._f.device) @ block.remainder
         missing /= torch.linalg.vector_norm(missing)
