@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Accuracy", "second_derivative_fault"]
 
-# Rows on which products are compared with float64 ones: this share of them, within these limits. Rounding averages out
-# over rows, so that fewer show more of it.
-SAMPLE_SHARE, FEWEST_ROWS, MOST_ROWS = 1 / 64, 16, 64
+# Rows on which products are compared with float64 ones. Rounding averages out over rows, so that few show more of it.
+ROUNDING_ROWS = 16
 # Rows on which products are compared with differences of the gradient.
 DIFFERENCE_ROWS = 4
 # Points one rounding away, at which products are compared where there is no float64.
@@ -40,9 +39,8 @@ class Accuracy:
 
     def rounding_error(self, f: Objective, vectors: Tensor, quadratic: bool) -> float:
         """See :meth:`Objective.rounding_error`."""
-        rows = min(max(int(SAMPLE_SHARE * f.rows), FEWEST_ROWS), MOST_ROWS)
-        if self._sample is None and f.rows > rows:
-            self._sample = f.few_rows(rows)
+        if self._sample is None and f.rows > ROUNDING_ROWS:
+            self._sample = f.few_rows(ROUNDING_ROWS)
         sample = self._sample or f
         return max(self._error(f, sample, vector, quadratic) for vector in vectors)
 

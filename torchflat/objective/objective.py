@@ -375,7 +375,7 @@ class Objective:
     def rounding_error(self, vectors: Tensor, quadratic: bool = False) -> float:
         """Largest ‖H v − H₆₄ v‖, or |vᵀ(H − H₆₄)v| if ``quadratic``, over the rows v of ``vectors`` (k, n).
 
-        H₆₄ is computed in float64, on 16 to 64 rows of the data. Where the loss cannot be computed in float64
+        H₆₄ is computed in float64, on 16 rows of the data. Where the loss cannot be computed in float64
         (it holds constants of another precision), a note says so, and the error is twice the largest change of H v
         between points that are one rounding of x apart. 0 where the working precision is float64 already.
         """
