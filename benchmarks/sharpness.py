@@ -32,7 +32,7 @@ from benchmarks.tables import report
 from torchflat.errors import TorchflatError
 
 STOP_AT = 15.0  # times torchflat's default
-SEARCH_STEPS = 48
+SEARCH_STEPS = 32
 REFERENCE: Setting = {"method": "lanczos", "rtol": 1e-6}
 OURS: tuple[Setting, ...] = ({"rtol": 1e-3}, {"rtol": 3e-3}, {"method": "lanczos", "rtol": 1e-2})
 ORDERS = ("shuffled", "sorted")
