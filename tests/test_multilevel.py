@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from torchflat import Objective, Status, sharpness
 from torchflat.errors import UsageError
 from torchflat.spectrum.bounds import coupled_upper_bound, sampled_mean_upper_bound
 from torchflat.spectrum.shards import COUNT, Strata, _cheapest
+from torchflat.spectrum.sharpness import Sharpness
 from torchflat.spectrum.student import t_quantile
 
 quiet = pytest.mark.filterwarnings("ignore::torchflat.spectrum.NotConvergedWarning")
@@ -228,18 +230,20 @@ def test_same_seed_same_answer() -> None:
     assert (a.value, a.lower, a.upper) == (b.value, b.lower, b.upper) and a.vector.equal(b.vector)
 
 
-def test_callback_sees_every_shard_and_can_stop() -> None:
-    seen = []
+def stopped_when(enough: Callable[[Sharpness], bool]) -> Sharpness:
     with pytest.warns(match="BUDGET"):
-        answer = sharpness(
-            spiked().objective, method="multilevel", callback=lambda known: seen.append(known) or len(seen) == 3
-        )
-    assert len(seen) == 3 and answer.basis == "none" and answer.upper == math.inf
-    assert answer.lower <= spiked().sharpness
-    assert answer.to_dict()["upper"] is None
-    seen.clear()
-    sharpness(spiked().objective, method="multilevel", callback=lambda known: seen.append(known) and False)
-    assert len(seen) >= COUNT + 1
+        return sharpness(spiked().objective, method="multilevel", callback=enough)
+
+
+def test_callback_sees_samples_and_shards_and_can_stop() -> None:
+    on_samples = stopped_when(lambda known: True)
+    assert (on_samples.lower, on_samples.upper) == (-math.inf, math.inf), "a sample proves nothing"
+    assert on_samples.value == pytest.approx(spiked().sharpness, rel=0.2) and on_samples.steps == 0
+    before_shards = stopped_when(lambda known: known.steps > 0)
+    assert before_shards.basis == "none" and before_shards.to_dict()["upper"] is None
+    assert 0.9 * spiked().sharpness <= before_shards.lower <= spiked().sharpness
+    uppers = [known["upper"] for known in sharpness(spiked().objective, method="multilevel").history]
+    assert len(uppers) >= COUNT + 1 and uppers[-1] < math.inf
 
 
 @pytest.mark.parametrize("arguments", [{"certify": "shards"}, {"method": "levels"}])

@@ -235,6 +235,8 @@ class _Audit:
             self.krylov = Krylov.of(self.f, options.seed, "sharpness")
 
         def told(answer: Sharpness) -> bool:
+            if answer.lower == -math.inf:
+                return self._tell(f"λ₁ is about {answer.value:.4g} on a sample of the rows")
             self.content["sharpness"] = _sharpness_part(replace(answer, status=Status.INTERRUPTED))
             if answer.upper == math.inf:
                 return self._tell(f"λ₁ ≥ {answer.lower:.4g}, not bounded from above yet")

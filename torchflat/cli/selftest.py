@@ -44,6 +44,8 @@ ROUNDING_UNITS = 64.0
 POWER_RATIO = 0.7
 # Sampling error of a density goes with 1/√n: below this many eigenvalues the check could hardly fail.
 DENSITY_SIZE = 100
+# Fewer rows are not worth sampling.
+MULTILEVEL_ROWS = 4000
 
 
 class Finding(NamedTuple):
@@ -173,6 +175,8 @@ def _problem_checks(problem: Problem) -> dict[str, Measure]:
     checks: dict[str, Measure] = {"sharpness": functools.partial(_sharpness, problem, "lanczos")}
     if _power_is_fast(spectrum):
         checks["power"] = functools.partial(_sharpness, problem, "power")
+    if problem.objective().rows >= MULTILEVEL_ROWS:
+        checks["multilevel"] = functools.partial(_sharpness, problem, "multilevel")
     checks[f"largest {min(3, n)}"] = functools.partial(_eigenpairs, problem, "largest", min(3, n))
     checks[f"smallest {min(2, n)}"] = functools.partial(_eigenpairs, problem, "smallest", min(2, n))
     checks["trace"] = functools.partial(_trace, problem)

@@ -75,4 +75,5 @@ PROBLEMS: dict[str, Problem] = {
     "deep-linear/sharp": DeepLinear((sines(4, 3, 0.2), sines(5, 4, 0.9), sines(2, 5, 1.7)), sines(30, 3, 2.1)),
     "regression/linear": LinearRegression(sines(33, 12, 0.4)),
     "regression/softmax": SoftmaxRegression(sines(33, 12, 0.4), classes=4),
+    "regression/many-rows": SoftmaxRegression(sines(4000, 20, 0.4) * torch.tensor([3.0] + 19 * [1.0]), classes=2),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -108,6 +108,10 @@ class Multilevel:
         self._first = min(FIRST_ROWS, max(1, f.rows // GROWTH))
         self._rest = math.inf
         self._floor = 0.0
+        # The value on a sample and its vector, until there is a block on all the data.
+        self._guess: tuple[float, Tensor] | None = None
+        self._block: _Block
+        self._gram: Tensor
         self._phases = self._work()
 
     def advance(self) -> None:
@@ -119,7 +123,9 @@ class Multilevel:
         next(self._phases)
 
     def bounds(self, product_error: float) -> Bounds:
-        """Bound λ₁ from both sides, with probability at least 1 − δ, rounding included."""
+        """Bound λ₁ from both sides, with probability at least 1 − δ, rounding included; by nothing, from samples."""
+        if self._guess is not None:
+            return Bounds(self._guess[0], -math.inf, math.inf, self._floor)
         value = float(self._block.values[0])
         upper = math.inf if self._rest == math.inf else coupled_upper_bound(self._block.values, self._gram, self._rest)
         floor = self._floor + MARGIN * product_error
@@ -132,16 +138,16 @@ class Multilevel:
     @property
     def vector(self) -> Tensor:
         """The unit vector that the value belongs to."""
-        return self._block.vectors[0]
+        return self._block.vectors[0] if self._guess is None else self._guess[1]
 
     @property
     def residual(self) -> float:
-        """‖H v − θ v‖."""
-        return math.sqrt(float(self._gram[0, 0]))
+        """‖H v − θ v‖; infinite where it is not known."""
+        return math.sqrt(float(self._gram[0, 0])) if self._guess is None else math.inf
 
     def _work(self) -> Iterator[None]:
-        strata = self._strata() if self._certify == "auto" else None
-        sample, vectors, p, more = self._found(strata)
+        strata = (yield from self._strata()) if self._certify == "auto" else None
+        sample, vectors, p, more = yield from self._found(strata)
         self._set(_Block.of(vectors[:p], self._f.products(vectors[:p]), p), p)
         yield
         yield from self._bound(strata, "first")
@@ -187,24 +193,26 @@ class Multilevel:
                     return
 
     def _set(self, block: _Block, steps: int) -> None:
-        self._block, self._gram = block, block.gram
+        self._block, self._gram, self._guess = block, block.gram, None
         self.steps += steps
 
-    def _strata(self) -> Strata:
+    def _strata(self) -> Generator[None, None, Strata]:
         """Sort the rows by how much they can curve the loss, on the scale of λ₁ of a few of them."""
         try:
             curvatures = self._f.row_curvatures(self._seed)
         except NoScores as error:
             raise Unsuited(str(error)) from error
         with self._run_on(self._draw(None, self._first, 0), "scale", 1) as krylov:
-            scale = float(krylov.ritz()[0][-1])
+            scale, vector = float(krylov.ritz()[0][-1]), self._top(krylov, 1)[0]
+        self._guess = scale, vector
+        yield
         strata = Strata.of(self._f, curvatures, scale, self._delta)
         if strata is None:
             raise Unsuited(f"shards that prove something would take too many of the {self._f.rows} rows")
         return strata
 
-    def _found(self, strata: Strata | None) -> tuple[Mixture, Tensor, int, int]:
-        """Find the top vectors on growing samples.
+    def _found(self, strata: Strata | None) -> Generator[None, None, tuple[Mixture, Tensor, int, int]]:
+        """Find the top vectors on growing samples, and pause after each.
 
         Returns the largest sample, the vectors found on it as orthonormal rows, how many of them are to be taken to all
         the data, and how many if that turns out to be too few.
@@ -216,12 +224,16 @@ class Multilevel:
             p, largest = self._plan(krylov, noise, strata)
             more = self._more(krylov, p)
             vectors = self._top(krylov, more)
+            self._guess = float(krylov.ritz()[0][-1]), vectors[0]
+        yield
         while size < largest:
             level, size = level + 1, min(size * GROWTH, largest)
             sample = self._draw(strata, size, level)
             start = vectors[:p].sum(dim=0) / math.sqrt(p)
             with self._run_on(sample, str(level), p, noise / math.sqrt(size) / 2, start) as krylov:
                 vectors = self._orthonormal(torch.cat([self._top(krylov, p), vectors[p:]]))
+                self._guess = float(krylov.ritz()[0][-1]), vectors[0]
+            yield
         return sample, vectors, p, more
 
     def _draw(self, strata: Strata | None, rows: int, level: int) -> Mixture:
