@@ -167,5 +167,5 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
         raise RuntimeError("something else")
 
     with pytest.raises(RuntimeError, match="something else"):
-        f._attempt(broken)
+        f._passes.attempt(broken)
     assert f.provenance()["microbatch"] == 4

@@ -18,7 +18,7 @@ from torchflat.errors import DataError, LossError, TorchflatError, UsageError
 from torchflat.objective.batches import describe, map_tensors, row_count
 from torchflat.objective.state import modules_kept, plain_autograd, random_states_kept
 
-__all__ = ["FunctionTerm", "ModelTerm", "Term", "first_line", "out_of_memory", "unwrapped"]
+__all__ = ["FunctionTerm", "ModelTerm", "Term", "first_line", "note", "out_of_memory", "unwrapped"]
 
 TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 
@@ -47,6 +47,12 @@ class Term(Protocol):
 
     def without_fused_kernels(self) -> bool:
         """Switch to kernels that can be differentiated twice; False if that was done before."""
+
+
+def note(term: Term, text: str) -> None:
+    """Add to what an answer must say about the term, once."""
+    if text not in term.notes:
+        term.notes.append(text)
 
 
 class FunctionTerm:

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
-import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from torchflat import ops
 from torchflat.distributed import Bucket, Team
-from torchflat.errors import DataError, LossError, NonFiniteError, UsageError
+from torchflat.errors import LossError, NonFiniteError, UsageError
 from torchflat.objective.accuracy import Accuracy, second_derivative_fault
-from torchflat.objective.batches import Batches, as_batches, checksum, rows_of
-from torchflat.objective.evaluation import FunctionTerm, ModelTerm, Term, out_of_memory, unwrapped
+from torchflat.objective.batches import Batches, as_batches, rows_of
+from torchflat.objective.evaluation import FunctionTerm, ModelTerm, Term, note, unwrapped
 from torchflat.objective.forms import Forms, group_forms
-from torchflat.objective.graphs import Graphs, NotDifferentiable, finite
+from torchflat.objective.graphs import Graphs, finite
 from torchflat.objective.ledger import Ledger
 from torchflat.objective.memory import Memory, parse_bytes, return_freed_pages
-from torchflat.objective.preflight import preflight
+from torchflat.objective.passes import SAME_DATA, Passes
 from torchflat.objective.scores import NoScores, RowCurvature
 from torchflat.objective.state import random_states_kept
 from torchflat.objective.unsharded import unsharded
@@ -34,15 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Objective"]
 
-# Rows by which it is told, before the first pass, that two processes were given different data.
-CHECKED_ROWS = 16
-SAME_DATA = "the data, which every process is handed whole,"
 # Rows that go through a model in float64 at once.
 EXACT_ROWS = 64
-# What autograd says of kernels that have a plain form which it can differentiate twice.
-FUSED_KERNEL_SIGNS = ("is not implemented", "cudnn")
-
-Result = TypeVar("Result")
 
 
 class Objective:
@@ -162,8 +152,7 @@ class Objective:
             parts = layout.split(self._x)
             leaves = {name: part.requires_grad_() for name, part in zip(layout.names, parts, strict=True)}
         self._graphs = Graphs(term, batches, leaves, memory, ledger, microbatch)
-        self._automatic = microbatch is None
-        self._checked = checked
+        self._passes = Passes(team, term, batches, self._graphs, ledger, self._x, microbatch is None, checked)
         self._value: float | None = None
         self._gradient: Tensor | None = None
         self._accuracy = Accuracy()
@@ -229,7 +218,7 @@ class Objective:
     def value(self) -> float:
         """f(x), accumulated in float64."""
         if self._value is None:
-            mean, _ = self._attempt(lambda: self._mean(0, lambda sums: self._graphs.add_values()))
+            mean, _ = self._passes.mean(0, lambda sums: self._graphs.add_values())
             self._value = mean + self._decay_value()
         return self._value
 
@@ -237,7 +226,7 @@ class Objective:
         """∇f(x), shape (n,). Costs one gradient the first time, and gives the value for nothing."""
         if self._gradient is None:
             add = self._graphs.add_gradients
-            value, mean = self._attempt(lambda: self._mean(self.n, lambda sums: add(self.layout.split(sums))))
+            value, mean = self._passes.mean(self.n, lambda sums: add(self.layout.split(sums)))
             gradient = self._with_decay(mean, self._x)
             if not finite(gradient):
                 raise NonFiniteError(f"the gradient overflows in {self.dtype}: use dtype=torch.float64")
@@ -262,13 +251,10 @@ class Objective:
             rows = map(self.layout.split, sums.view(vectors.shape))
             return 0.0, self._graphs.add_products([(everything, v, row) for v, row in zip(inputs, rows, strict=True)])
 
-        def work() -> Tensor:
-            _, sums = self._mean(vectors.numel(), add, [vectors])
-            return self._with_decay(sums.view(vectors.shape), vectors)
-
         # One vector's share is part of the workspace already.
         with self.memory.vectors_held((vectors.shape[0] - 1) * self.n * 16):
-            products = self._attempt(work)
+            _, sums = self._passes.mean(vectors.numel(), add, [vectors])
+            products = self._with_decay(sums.view(vectors.shape), vectors)
         if not finite(products):
             self._refuse_product([(everything, v) for v in inputs])
         return products
@@ -289,12 +275,9 @@ class Objective:
             parts = zip(inputs, sums.split(lengths), strict=True)
             return 0.0, self._graphs.add_products([(block, v, layouts[block].split(s)) for (block, v), s in parts])
 
-        def work() -> dict[tuple[int, ...], Tensor]:
-            _, sums = self._mean(sum(lengths), add, list(vectors.values()))
-            means = zip(vectors.items(), sums.split(lengths), strict=True)
-            return {block: self._with_decay(mean, vector) for (block, vector), mean in means}
-
-        products = self._attempt(work)
+        _, sums = self._passes.mean(sum(lengths), add, list(vectors.values()))
+        means = zip(vectors.items(), sums.split(lengths), strict=True)
+        products = {block: self._with_decay(mean, vector) for (block, vector), mean in means}
         if not all(map(finite, products.values())):
             self._refuse_product(inputs)
         return products
@@ -316,7 +299,7 @@ class Objective:
         _check_finite(v)
         parts = self.layout.split(v)
         share, first = groups / self.rows, self.team.share(self.rows).start
-        table = self._attempt(lambda: self._gathered(lambda: group_forms(self._graphs, parts, share, seed, first)))
+        table = self._passes.gathered(lambda: group_forms(self._graphs, parts, share, seed, first))
         forms = Forms.of(table)
         if not finite(forms.sums):
             self._refuse_product([(range(len(parts)), parts)])
@@ -342,7 +325,7 @@ class Objective:
     @property
     def divisible(self) -> bool:
         """Whether rows can be drawn from the data at will, without a pass over all of it."""
-        self._prepare()
+        self._passes.prepare()
         return self._graphs.splittable and self._batches.indexed
 
     def take(self, rows: Tensor) -> Objective:
@@ -361,7 +344,7 @@ class Objective:
         """
         if not isinstance(self._term, ModelTerm) or self._term.call.loss is None:
             raise NoScores("rows can be told apart only with loss(output, target)")
-        self._prepare()
+        self._passes.prepare()
         if not self._graphs.splittable:
             raise NoScores("the batches cannot be cut into rows")
         score, mine = RowCurvature(self._term, self._graphs.parameters, seed), self.team.share(self.rows)
@@ -370,7 +353,7 @@ class Objective:
             self._graphs.add_scores(score, sums[mine.start : mine.stop])
             return 0.0, 0.0
 
-        return self._attempt(lambda: self._sum(self.rows, add)[2]).cpu()
+        return self._passes.sum(self.rows, add)[2].cpu()
 
     def rounding_error(self, vectors: Tensor, quadratic: bool = False) -> float:
         """Largest ‖H v − H₆₄ v‖, or |vᵀ(H − H₆₄)v| if ``quadratic``, over the rows v of ``vectors`` (k, n).
@@ -388,7 +371,7 @@ class Objective:
 
     def few_rows(self, size: int) -> Objective:
         """Restrict to about ``size`` rows: a subset, or the first batch if that cannot be cut; itself if small."""
-        self._prepare()
+        self._passes.prepare()
         if self.rows <= size:
             return self
         if self._graphs.splittable:
@@ -400,35 +383,29 @@ class Objective:
     def in_float64(self) -> Objective:
         """Compute the same function at the same point in float64."""
         # Few rows at once: float64 vectors stand beside all that the budget was spent on.
-        self._prepare()
+        self._passes.prepare()
         rows = None if self._graphs.microbatch is None else min(EXACT_ROWS, self._graphs.microbatch)
         return self._derived(self._term.converted(torch.float64), self._batches, self._x.double(), rows)
 
     def note(self, text: str) -> None:
         """Add to the notes of :meth:`provenance`, once."""
-        if text not in self._term.notes:
-            self._term.notes.append(text)
+        note(self._term, text)
 
     def _derived(self, term: Term, batches: Batches, x: Tensor, microbatch: int | None = None) -> Objective:
-        self._prepare()
+        self._passes.prepare()
         other = Objective.__new__(Objective)
         ledger, rows = Ledger(batches.rows, self._ledger), microbatch or self._graphs.microbatch
         other._assemble(
             self.team, term, batches, self.layout, x, self.memory, ledger, rows, self.weight_decay, checked=True
         )
         other._graphs.follow(self._graphs)
-        other._take_share(self._graphs.splittable)
+        other._passes.take_share(self._graphs.splittable)
         shared = {id(tensor) for tensor in (self._x, *self._term.constants.values())}
         own = sum(tensor.nbytes for tensor in (x, *term.constants.values()) if id(tensor) not in shared)
         self.memory.keep_vectors(other, own)
         return other
 
     # How it goes about it --------------------------------------------------------------------------------------------
-
-    def _prepare(self) -> None:
-        """Run the checks and choose the micro-batch, unless that has been done."""
-        if not self._checked:
-            self._attempt(lambda: None)
 
     def _verify(self) -> None:
         """Check once for each function that its products are those of the Hessian."""
@@ -443,85 +420,6 @@ class Objective:
             raise LossError(fault)
         self._term.verified = True
 
-    @contextlib.contextmanager
-    def _session(self) -> Iterator[None]:
-        with self._ledger.timed(), self._term.session():
-            if not self._checked:
-                self._check()
-            yield
-
-    def _check(self) -> None:
-        """Every rank does this on the same sample of all the data, and then takes its share of the rows."""
-        team, graphs, limit = self.team, self._graphs, self._graphs.limit
-        bucket = Bucket(team, numbers=1, same=SAME_DATA)
-        with team.summed(bucket):
-            bucket.checksum = checksum(self._batches, CHECKED_ROWS) if team.size > 1 else 0.0
-            splittable = preflight(self._term, graphs.parameters, self._batches, limit, self._ledger)
-            bucket.numbers = [float(splittable)]
-        splittable = bucket.numbers[0] == team.size
-        self._take_share(splittable)
-        if splittable and graphs.microbatch is None:
-            with team.together():
-                graphs.choose_microbatch(self._batches)
-        spent = self._ledger.take()
-        self._ledger.book(team.on_first(lambda: spent))
-        self._checked = True
-
-    def _take_share(self, splittable: bool) -> None:
-        self._graphs.splittable = splittable
-        self._graphs.batches = self._batches.share(self.team, splittable)
-        self._graphs.rows = len(self.team.share(self.rows))
-
-    def _mean(
-        self, length: int, add: Callable[[Tensor], tuple[float, float]], vectors: Sequence[Tensor] = ()
-    ) -> tuple[float, Tensor]:
-        """Return Σ loss / Σ weight and sums / Σ weight over the rows of all ranks; see :meth:`_sum`."""
-        total, weight, sums = self._sum(length, add, vectors)
-        if weight <= 0:
-            raise DataError("the weights of the data sum to zero: no row counts")
-        return total / weight, sums.div_(weight)
-
-    def _sum(
-        self, length: int, add: Callable[[Tensor], tuple[float, float]], vectors: Sequence[Tensor] = ()
-    ) -> tuple[float, float, Tensor]:
-        """Return Σ loss, Σ weight and sums (length,) over the rows of all ranks, in one reduction; book what it cost.
-
-        ``add`` adds what belongs to the rows of this rank to its argument, the sums in float64, and returns its Σ loss
-        and Σ weight. ``vectors`` is what it reads besides x.
-        """
-        bucket = Bucket(self.team, length, 5, self.device, "the point x, or a vector that H is applied to,")
-        try:
-            with self.team.summed(bucket):
-                bucket.checksum = self._point_checksum + self.team.checksum(vectors)
-                try:
-                    bucket.numbers[:2] = add(bucket.sums)
-                finally:
-                    bucket.numbers[2:] = self._ledger.take()
-        finally:
-            total, weight, *spent = bucket.numbers
-            self._ledger.book(spent)
-        return total, weight, bucket.sums
-
-    def _gathered(self, rows: Callable[[], Tensor]) -> Tensor:
-        """Return the tables (k, columns) that all ranks make, one below the other; book what they cost."""
-        tables: list[Tensor] = []
-
-        def add(counts: Tensor) -> tuple[float, float]:
-            tables.append(rows())
-            counts[self.team.rank] = len(tables[0])
-            return 0.0, 0.0
-
-        counts = self._sum(self.team.size, add)[2].long().tolist()
-        start, table = sum(counts[: self.team.rank]), tables[0]
-        bucket = Bucket(self.team, sum(counts) * table.shape[1], device=self.device)
-        with self.team.summed(bucket):
-            bucket.sums.view(-1, table.shape[1])[start : start + len(table)] = table
-        return bucket.sums.view(-1, table.shape[1]).cpu()
-
-    @functools.cached_property
-    def _point_checksum(self) -> float:
-        return self.team.checksum([self._x])
-
     def _refuse_product(self, inputs: Sequence[tuple[Sequence[int], Sequence[Tensor]]]) -> NoReturn:
         """Name the micro-batch and the tensors where a product went wrong."""
 
@@ -529,31 +427,8 @@ class Objective:
             with self.team.together():
                 self._graphs.refuse_non_finite_products(inputs)
 
-        self._attempt(look)
+        self._passes.attempt(look)
         raise NonFiniteError(f"the Hessian product overflows in {self.dtype}: use dtype=torch.float64")
-
-    def _attempt(self, work: Callable[[], Result]) -> Result:
-        """Return what ``work`` does in a session; again if a fused kernel gives way, or if memory can be spared."""
-        while True:
-            try:
-                with self._session():
-                    return work()
-            except NotDifferentiable as error:
-                fused = any(sign in str(error).lower() for sign in FUSED_KERNEL_SIGNS)
-                if not fused or not self._term.without_fused_kernels():
-                    raise
-                self._graphs.clear()
-                if self._automatic:
-                    # Plain kernels keep more for the backward pass.
-                    self._graphs.microbatch, self._checked = None, False
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
-                    raise
-                relief = self._graphs.relieve()
-                hopeless = functools.partial(operator.is_, relief, None)
-                if self.team.anywhere(hopeless):
-                    raise
-                self.note(str(relief))
 
     def _with_decay(self, sums: Tensor, vectors: Tensor) -> Tensor:
         if self.weight_decay:
