@@ -21,6 +21,7 @@ from torchflat.errors import NonFiniteError, UsageError
 from torchflat.objective import Objective
 from torchflat.ops import reference
 from torchflat.problems import PROBLEMS, Problem
+from torchflat.problems.regression import SoftmaxRegression
 from torchflat.result import Cost, Interval, Status
 from torchflat.spectrum import (
     NotConvergedWarning,
@@ -175,7 +176,7 @@ def _problem_checks(problem: Problem) -> dict[str, Measure]:
     checks: dict[str, Measure] = {"sharpness": functools.partial(_sharpness, problem, "lanczos")}
     if _power_is_fast(spectrum):
         checks["power"] = functools.partial(_sharpness, problem, "power")
-    if problem.objective().rows >= MULTILEVEL_ROWS:
+    if isinstance(problem, SoftmaxRegression) and len(problem.X) >= MULTILEVEL_ROWS:
         checks["multilevel"] = functools.partial(_sharpness, problem, "multilevel")
     checks[f"largest {min(3, n)}"] = functools.partial(_eigenpairs, problem, "largest", min(3, n))
     checks[f"smallest {min(2, n)}"] = functools.partial(_eigenpairs, problem, "smallest", min(2, n))
