@@ -192,6 +192,7 @@ def few_passes() -> dict[str, Any]:
         "basis": [float(found.basis == "shards")],
         "vector": found.vector,
         "forms": [forms.mean, float(forms.units.sum())],
+        "values": f.group_values(groups=20).sums,
         "tracked": torchflat.sharpness(f, start=found, fresh=0).value,
         "cost": [found.cost.forwards, found.cost.backwards, found.cost.products],
     }
