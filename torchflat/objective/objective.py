@@ -16,6 +16,7 @@ from torchflat.objective.accuracy import Accuracy, second_derivative_fault
 from torchflat.objective.batches import Batches, as_batches, rows_of
 from torchflat.objective.evaluation import FunctionTerm, ModelTerm, Term, note, unwrapped
 from torchflat.objective.forms import Forms, deal, group_forms, group_values
+from torchflat.objective.functional import Transform, add_transforms
 from torchflat.objective.graphs import Graphs, finite
 from torchflat.objective.ledger import Ledger
 from torchflat.objective.memory import Memory, parse_bytes, return_freed_pages
@@ -329,6 +330,31 @@ class Objective:
         forms = Forms.merged(self._passes.gathered(lambda: group_values(self._graphs, labels, strata, self.team)))
         forms.sums.add_(forms.weights, alpha=self._decay_value())
         return forms
+
+    def transformed(self, transform: Transform, length: int, gradients: int, vectors: Sequence[Tensor] = ()) -> Tensor:
+        """``transform(f)``, in float64, by one pass over the data with the transforms of ``torch.func``.
+
+        ``transform`` maps a function φ: (n,) → scalar to ``length`` numbers, and is linear in φ, as derivatives at x
+        are: it is applied to the loss sum of each micro-batch, and to the L2 term. ``gradients`` says what that costs,
+        for the ledger, and ``vectors`` is what it depends on besides x.
+
+        Raises:
+            LossError: an operator of the model lacks a rule for what ``transform`` asks; it is named.
+            NonFiniteError: the numbers hold NaN or infinity.
+
+        >>> f = Objective.from_function(lambda x: (x**3).sum(), torch.tensor([1.0, 2.0]))
+        >>> f.transformed(lambda loss: torch.func.grad(loss)(f.x), length=2, gradients=1)
+        tensor([ 3., 12.], dtype=torch.float64)
+        """
+        self._verify()
+
+        def add(sums: Tensor) -> tuple[float, float]:
+            return 0.0, add_transforms(self._graphs, self.layout, transform, gradients, sums)
+
+        _, mean = self._passes.mean(length, add, vectors)
+        if self.weight_decay:
+            mean += transform(lambda y: 0.5 * self.weight_decay * y.dot(y))
+        return mean
 
     # What comes from it ----------------------------------------------------------------------------------------------
 
