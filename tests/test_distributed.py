@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 import torchflat
+import torchflat.flatness
 from torchflat import Objective, Task
 from torchflat.audit.run import Interrupted
 from torchflat.distributed import Bucket, Team
@@ -192,6 +193,7 @@ def few_passes() -> dict[str, Any]:
         "basis": [float(found.basis == "shards")],
         "vector": found.vector,
         "forms": [forms.mean, float(forms.units.sum())],
+        "values": f.group_values(groups=20).sums,
         "tracked": torchflat.sharpness(f, start=found, fresh=0).value,
         "cost": [found.cost.forwards, found.cost.backwards, found.cost.products],
     }
@@ -245,11 +247,28 @@ def whole_batches() -> dict[str, Any]:
     digits = Digits()
     batches = [(digits.x[low : low + 6], digits.y[low : low + 6]) for low in range(0, 29, 6)]
     f = regression(batches, loss=None, batch_loss=contrastive)
-    return {"value": f.value(), "gradient": f.gradient(), "hvp": f.hvp(torch.ones(f.n)), "few": f.few_rows(4).value()}
+    return {
+        "value": f.value(),
+        "gradient": f.gradient(),
+        "hvp": f.hvp(torch.ones(f.n)),
+        "few": f.few_rows(4).value(),
+        "by batch": f.group_values().sums,
+    }
 
 
 def test_batches_that_cannot_be_cut_are_dealt_out_whole(ranks: Ranks) -> None:
     agree(ranks, whole_batches)
+
+
+def third_derivative() -> dict[str, Any]:
+    answer = torchflat.flatness.derivative_norm(
+        regression(Digits(), dtype=torch.float64, weight_decay=0.1), 3, starts=2
+    )
+    return {"value": answer.value, "vector": answer.vector, "gradients": answer.cost.gradients}
+
+
+def test_the_norm_of_a_derivative_is_that_of_one_process(ranks: Ranks) -> None:
+    agree(ranks, third_derivative)
 
 
 def alone() -> dict[str, Any]:

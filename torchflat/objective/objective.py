@@ -15,7 +15,8 @@ from torchflat.errors import LossError, NonFiniteError, UsageError
 from torchflat.objective.accuracy import Accuracy, second_derivative_fault
 from torchflat.objective.batches import Batches, as_batches, rows_of
 from torchflat.objective.evaluation import FunctionTerm, ModelTerm, Term, note, unwrapped
-from torchflat.objective.forms import Forms, group_forms
+from torchflat.objective.forms import Forms, deal, group_forms, group_values
+from torchflat.objective.functional import Transform, add_transforms
 from torchflat.objective.graphs import Graphs, finite
 from torchflat.objective.ledger import Ledger
 from torchflat.objective.memory import Memory, parse_bytes, return_freed_pages
@@ -305,6 +306,55 @@ class Objective:
             self._refuse_product([(range(len(parts)), parts)])
         forms.sums.add_(forms.weights, alpha=self.weight_decay * float(ops.dot([v], [v])))
         return forms
+
+    def group_values(self, groups: int = 64, seed: int = 0) -> Forms:
+        """f(x) by groups of rows drawn at random: Σ loss and Σ weight of each, in one pass over the data forwards.
+
+        f(x) = Σ sums / Σ weights of what is returned, whose sums have the L2 term in them for each weight. Which rows
+        make up a group depends on the number of rows, on ``groups`` and on ``seed``, and on nothing else: not on x, the
+        model, batches, micro-batches or processes. So the groups of two objectives over the same rows can be paired.
+        There are as many as asked for, or one for each row. Only where batches cannot be cut, ``cut`` is false, and
+        each batch is a group: these pair up with the same batches.
+
+        Raises:
+            UsageError: ``groups`` is not positive.
+
+        >>> X = torch.tensor([[1.0], [2.0], [3.0]])
+        >>> f = Objective(nn.Linear(1, 1, bias=False), nn.MSELoss(), (X, 0 * X)).at(torch.ones(1))
+        >>> sorted(f.group_values().sums.tolist())
+        [1.0, 4.0, 9.0]
+        """
+        if groups < 1:
+            raise UsageError(f"groups={groups}: it must be a positive number")
+        labels, strata = deal(self.rows, groups, seed)
+        forms = Forms.merged(self._passes.gathered(lambda: group_values(self._graphs, labels, strata, self.team)))
+        forms.sums.add_(forms.weights, alpha=self._decay_value())
+        return forms
+
+    def transformed(self, transform: Transform, length: int, gradients: int, vectors: Sequence[Tensor] = ()) -> Tensor:
+        """``transform(f)``, in float64, by one pass over the data with the transforms of ``torch.func``.
+
+        ``transform`` maps a function φ: (n,) → scalar to ``length`` numbers, and is linear in φ, as derivatives at x
+        are: it is applied to the loss sum of each micro-batch, and to the L2 term. ``gradients`` says what that costs,
+        for the ledger, and ``vectors`` is what it depends on besides x.
+
+        Raises:
+            LossError: an operator of the model lacks a rule for what ``transform`` asks; it is named.
+            NonFiniteError: the numbers hold NaN or infinity.
+
+        >>> f = Objective.from_function(lambda x: (x**3).sum(), torch.tensor([1.0, 2.0]))
+        >>> f.transformed(lambda loss: torch.func.grad(loss)(f.x), length=2, gradients=1)
+        tensor([ 3., 12.], dtype=torch.float64)
+        """
+        self._verify()
+
+        def add(sums: Tensor) -> tuple[float, float]:
+            return 0.0, add_transforms(self._graphs, self.layout, transform, gradients, sums)
+
+        _, mean = self._passes.mean(length, add, vectors)
+        if self.weight_decay:
+            mean += transform(lambda y: 0.5 * self.weight_decay * y.dot(y))
+        return mean
 
     # What comes from it ----------------------------------------------------------------------------------------------
 
