@@ -28,6 +28,10 @@ class Status(enum.Enum):
     )
     NOT_CERTIFIED = "the iteration settled, but nothing it saw proves that this is the largest: use method='lanczos'"
     TRACKED = "followed from a given start until it settled; without a random part nothing bounds it from above"
+    INCONSISTENT = (
+        "values and slopes do not agree at some radii: the values are attained, and the maximum may be larger there"
+    )
+    TRUNCATED = "the loss is not finite at larger distances: the radii end before"
     INTERRUPTED = "interrupted: the interval holds for what was seen until then"
 
     @property

@@ -215,6 +215,11 @@ class Krylov:
         norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
         return rows.div_(norms.to(self.dtype))
 
+    def components(self, vector: Tensor) -> Tensor:
+        """⟨vᵢ, vector⟩ for the k Lanczos vectors, (k,) float64 on the CPU."""
+        removed, _ = self._basis.orthogonalise(vector.double().clone())
+        return torch.tensor(removed[self._fixed : self._fixed + self.steps], dtype=torch.float64)
+
     def residuals(self) -> Tensor:
         """‖H y − θ y‖ for every Ritz pair, ascending in θ: βₖ times the last components, and the measured rounding."""
         left = self.betas[-1] * self.ritz()[1][-1]

@@ -1,0 +1,222 @@
+"""The largest rise of a function on a ball, by its gradients."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchflat import ops
+from torchflat.flatness.surface import Place, Surface
+
+__all__ = ["Climb", "Peak"]
+
+# Earlier steps from which the next one is extrapolated.
+DEPTH = 4
+# Halvings of a step that does not rise, before a kink is suspected.
+HALVINGS = 6
+# A kink is looked at in balls that shrink by this factor, from this share of the radius on.
+SHRINK, WIDEST, NARROWEST = 0.2, 0.05, 1e-14
+# Gains below this share of the value are not sought on kinks, and below the second the climb counts as settled.
+KINK_TOLERANCE, KINK_SETTLED = 1e-9, 1e-6
+LARGEST_BUNDLE = 12
+# The linear model promises too little where eigenvalues crowd: without a step that shows it, only so much is trusted.
+SURE = 0.03
+# After so many gradients, a climb that is below this share of what is known elsewhere is given up.
+PATIENCE, HOPE = 10, 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Peak:
+    """Where a climb ended.
+
+    ``settled`` tells whether no way up was left that matters to the tolerance, ``slope`` is how fast the rise grows
+    with the radius: |∇f(y)|, or that of the mixture of gradients which is radial where y is on a kink.
+    """
+
+    place: Place
+    sign: float
+    settled: bool
+    slope: float
+
+    @property
+    def rise(self) -> float:
+        """sign·(f(y) − f(x))."""
+        return self.sign * self.place.change
+
+
+class Climb:
+    """Maximise φ(u) = sign·(f(x + u) − f(x)) on |u| ≤ r.
+
+    A maximiser satisfies u ∥ ∇φ(u) (T094), so that u ← r·∇φ(u)/|∇φ(u)| is iterated, which on a quadratic is power
+    iteration, extrapolated from a few earlier steps (Anderson), and halved where it does not rise. Where no step along
+    the gradient rises, u may sit on a kink of f, where only a mixture of nearby gradients is radial: then the shortest
+    convex combination of the gradients seen nearby, tangential to the ball, is a way up for all of them, or proof that
+    there is none (bundle method; Kiwiel 1985, Burke, Lewis and Overton 2005).
+
+    Gains below ``tolerance`` times what is ``known`` to be reached on this ball do not matter. Every gradient counts
+    against ``limit``.
+    """
+
+    def __init__(
+        self, surface: Surface, radius: float, sign: float, tolerance: float, limit: int, known: float = 0.0
+    ) -> None:
+        self.surface, self.radius, self.sign = surface, radius, sign
+        self.tolerance, self.known = tolerance, known
+        self.left, self._limit = limit, limit
+
+    @property
+    def taken(self) -> int:
+        """Gradients taken so far."""
+        return self._limit - self.left
+
+    def from_(self, start: Place) -> Peak:
+        """Climb until the gain of a step, and what the linear model promises of the next, are within the tolerance."""
+        place, gain = start, math.inf
+        earlier: list[tuple[Tensor, Tensor]] = []
+        while self.left > 0:
+            slope = place.slope
+            if slope == 0 or self._hopeless(place):
+                return Peak(place, self.sign, True, slope)
+            target = place.gradient * (self.sign * self.radius / slope)
+            promised = self.sign * float(ops.dot([place.gradient], [target - place.offset]))
+            enough = self._negligible(place)
+            if promised <= enough * (1 if gain <= enough else SURE):
+                return Peak(place, self.sign, True, slope)
+            earlier = [*earlier[-DEPTH:], (place.offset, target)]
+            higher = self._step(place, target, earlier)
+            if higher is None:
+                earlier = []
+                higher = self._shorter(place, target, enough)
+            if higher is None and promised <= enough:
+                return Peak(place, self.sign, True, slope)
+            if higher is None:
+                return self._over_kinks(place)
+            gain = self.sign * (higher.change - place.change)
+            place = higher
+        return Peak(place, self.sign, False, place.slope)
+
+    def _hopeless(self, place: Place) -> bool:
+        """Whether so many steps have led to so little that what is known elsewhere will not be reached."""
+        return self.taken >= PATIENCE and self._rise(place) < HOPE * self.known
+
+    def _step(self, place: Place, target: Tensor, earlier: list[tuple[Tensor, Tensor]]) -> Place | None:
+        if len(earlier) > 1:
+            trial = self._place(self._on_sphere(_extrapolated(earlier)))
+            if trial is not None and self._rise(trial) > self._rise(place):
+                return trial
+        trial = self._place(target)
+        return trial if trial is not None and self._rise(trial) > self._rise(place) else None
+
+    def _shorter(self, place: Place, target: Tensor, enough: float) -> Place | None:
+        """Halve the step until it rises by some of what the linear model promises."""
+        share = 0.5
+        slope = self.sign * place.gradient
+        for _ in range(HALVINGS):
+            offset = place.offset + share * (target - place.offset)
+            if place.distance > (1 - 1e-6) * self.radius and float(ops.dot([slope], [place.offset])) > 0:
+                offset = self._on_sphere(offset)
+            if share * float(ops.dot([slope], [target - place.offset])) <= 0.1 * enough:
+                return None
+            rise = self.sign * self.surface.change(offset, self.radius)
+            if rise > self._rise(place):
+                return self._place(offset)
+            share /= 2
+        return None
+
+    def _over_kinks(self, place: Place) -> Peak:
+        width, bundle, slope, promised = WIDEST * self.radius, [place], place.slope, math.inf
+        enough = max(self.tolerance, KINK_TOLERANCE)
+        while self.left > 0 and width > NARROWEST * self.radius and not self._hopeless(place):
+            near = [each for each in bundle if _apart(each, place) <= width][-LARGEST_BUNDLE:]
+            uphill, radial = self._common_direction(place, near)
+            size, slope = float(ops.norm([uphill])), math.hypot(radial, float(ops.norm([uphill])))
+            trial, promised = None, size * width
+            if promised > enough * max(abs(place.change), self.known):
+                trial = self._place(self._kept_inside(place.offset + uphill * (width / size)))
+            if trial is None:
+                width *= SHRINK
+                continue
+            bundle.append(trial)
+            # A new gradient that points up as well is no news: it is the curvature that turns the step down.
+            news = self.sign * float(ops.dot([trial.gradient], [uphill])) < 0.5 * size**2
+            if self._rise(trial) > self._rise(place):
+                place = trial
+            elif not news or len(near) == LARGEST_BUNDLE:
+                width *= SHRINK
+        return Peak(place, self.sign, promised <= KINK_SETTLED * max(abs(place.change), self.known), slope)
+
+    def _common_direction(self, place: Place, near: list[Place]) -> tuple[Tensor, float]:
+        """Shortest convex combination of the gradients, each without its part along u where u is on the sphere.
+
+        Returns it, and the part along u of the same combination.
+        """
+        outward = torch.zeros_like(place.offset)
+        if place.distance > (1 - 1e-6) * self.radius:
+            outward = place.offset / place.distance
+        rows, parts = [], []
+        for each in near:
+            row = self.sign * each.gradient
+            parts.append(max(0.0, float(ops.dot([row], [outward]))))
+            rows.append(row - parts[-1] * outward)
+        stacked = torch.stack(rows)
+        weights = shortest_combination((stacked.double() @ stacked.double().T).cpu())
+        combined: Tensor = weights.to(stacked.device, stacked.dtype) @ stacked
+        return combined, float(weights @ torch.tensor(parts, dtype=torch.float64))
+
+    def _negligible(self, place: Place) -> float:
+        return self.tolerance * max(abs(place.change), self.known)
+
+    def _rise(self, place: Place) -> float:
+        return self.sign * place.change
+
+    def _place(self, offset: Tensor) -> Place | None:
+        self.left -= 1
+        return self.surface.place(offset, self.radius)
+
+    def _on_sphere(self, offset: Tensor) -> Tensor:
+        size = float(ops.norm([offset]))
+        return offset * (self.radius / size) if size else offset
+
+    def _kept_inside(self, offset: Tensor) -> Tensor:
+        return self._on_sphere(offset) if float(ops.norm([offset])) > self.radius else offset
+
+
+def _apart(a: Place, b: Place) -> float:
+    return float(ops.norm([a.offset - b.offset]))
+
+
+def _extrapolated(earlier: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Anderson's step: the mixture of targets whose mixture of steps is shortest."""
+    steps = torch.stack([(target - offset).double() for offset, target in earlier])
+    differences = steps[1:] - steps[:-1]
+    gram = differences @ differences.T
+    gram += 1e-14 * gram.diagonal().max() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    weights = torch.linalg.lstsq(gram, differences @ steps[-1]).solution
+    targets = torch.stack([target.double() for _, target in earlier])
+    mixture: Tensor = targets[-1] - weights @ (targets[1:] - targets[:-1])
+    return mixture.to(earlier[0][0].dtype)
+
+
+def shortest_combination(gram: Tensor) -> Tensor:
+    """Weights w ≥ 0, Σw = 1, that minimise wᵀGw, (k,): Wolfe's problem, by pairwise Frank–Wolfe steps on G (k, k).
+
+    >>> shortest_combination(torch.tensor([[1.0, -1.0], [-1.0, 4.0]]))
+    tensor([0.7143, 0.2857], dtype=torch.float64)
+    """
+    gram = gram.double()
+    weights = torch.zeros(len(gram), dtype=torch.float64)
+    weights[int(gram.diagonal().argmin())] = 1.0
+    for _ in range(500):
+        slope = gram @ weights
+        to, away = int(slope.argmin()), int(torch.where(weights > 0, slope, -math.inf).argmax())
+        fall = float(slope[away] - slope[to])
+        if fall <= 1e-12 * float(gram.diagonal().max()):
+            break
+        curvature = float(gram[to, to] - 2 * gram[to, away] + gram[away, away])
+        step = min(float(weights[away]), fall / curvature if curvature > 0 else math.inf)
+        weights[to] += step
+        weights[away] -= step
+    return weights

@@ -1,0 +1,287 @@
+"""f°(x, r), the largest change of the loss within a distance r, over a ladder of radii."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchflat import ops
+from torchflat.errors import UsageError
+from torchflat.flatness.climb import Climb, Peak
+from torchflat.flatness.ladder import ladder
+from torchflat.flatness.order import Order, leading_order
+from torchflat.flatness.quadratic import QuadraticModel
+from torchflat.flatness.surface import Place, Surface
+from torchflat.objective import Objective
+from torchflat.result import Answer, Cost, Status
+
+__all__ = ["Search", "Variation", "checked", "variation"]
+
+# Up to so many parameters a search may cost thousands of gradients, and takes many starts.
+SMALL = 1000
+SMALL_BUDGET, BUDGET = 20_000.0, 100.0
+TIGHT, LOOSE = 1e-12, 1e-3
+SMALL_RADII, RADII = 25, 8
+# How many roundings of f, and of x, the smallest radius keeps away from.
+SMALL_CLEARANCE, CLEARANCE = (1e4, 1e4), (1e2, 1e2)
+# Branches that are followed from radius to radius, and how low one may be, relative to the best, to be climbed from.
+SMALL_BRANCHES, BRANCHES = (4, 0.3), (2, 0.8)
+# Random starts at the ends and in the middle of a ladder of a small problem.
+RANDOM_STARTS = 6
+# Differences of gradients from which the quadratic model is made.
+MODEL_STEPS = 12
+# Gradients that one climb may take.
+LONGEST_CLIMB = 60
+# Starts closer than this are the same.
+SAME = 0.9999
+# Values and slopes agree if log f° grows between two radii as the slopes say, to this.
+AGREEMENT = 0.1
+
+
+@dataclass(frozen=True)
+class Variation(Answer):
+    """f°(x, r) = max over |u| ≤ r of |f(x + u) − f(x)|, at each of ``radii``.
+
+    Every value is attained: ``points[i]`` (n,) lies within ``radii[i]`` of x, and f changes there by
+    ``signs[i]·values[i]``. So it is a lower bound, and the maximum as far as all starts and the slopes tell: at a
+    maximiser y, d f°/dr = |∇f(y)| (T094), and ``disagreements[i]`` is by how much log f° grows otherwise from radius i
+    to i + 1. ``floor`` is how far each value moves when y moves by one rounding. ``order`` describes r → 0.
+    """
+
+    radii: tuple[float, ...]
+    values: tuple[float, ...]
+    slopes: tuple[float, ...]
+    signs: tuple[float, ...]
+    floor: tuple[float, ...]
+    disagreements: tuple[float, ...]
+    accuracy: tuple[float, ...]
+    order: Order | None
+    level: float
+    gradient_norm: float
+    critical: bool
+    status: Status
+    points: tuple[Tensor, ...] = field(repr=False)
+    cost: Cost
+    provenance: Mapping[str, Any]
+
+    @property
+    def modulus(self) -> float | None:
+        """The a of f°(x, r) = a·r^p + o(r^p)."""
+        return None if self.order is None else self.order.modulus
+
+
+def variation(
+    f: Objective,
+    radii: Sequence[float] | Tensor | None = None,
+    *,
+    seed: int = 0,
+    budget: float | None = None,
+    callback: Callable[[float, float], object] | None = None,
+) -> Variation:
+    """Find f°(x, r) = max over |u| ≤ r of |f(x + u) − f(x)| over a ladder of radii.
+
+    Maximisers are followed from radius to radius, from those of a quadratic model and from random starts, for both
+    signs of the change, and climb by gradients (:class:`~torchflat.flatness.climb.Climb`). For exact values of small
+    problems use float64; a network's float32 is enough down to where rounding shows.
+
+    Args:
+        f: the objective, at its point x.
+        radii: positive distances; by default from where rounding shows to where the loss has changed by its own size.
+        seed: of the random starts.
+        budget: in full-data gradients; default 100, or 20 000 up to 1 000 parameters.
+        callback: called with each radius and its value; a true return value stops the search.
+
+    Raises:
+        UsageError: a radius is not positive and finite.
+
+    Source: T094, T002; design section 6.
+
+    >>> f = Objective.from_function(lambda x: (x[0] * x[1] - 1) ** 2, torch.ones(2, dtype=torch.float64))
+    >>> answer = variation(f, [0.2])
+    >>> round(answer.values[0], 12), round(answer.slopes[0], 12)
+    (0.0917137085, 0.989949493661)
+    """
+    with Search(f, seed, budget, callback) as search:
+        return search.run(search.ladder() if radii is None else checked(radii))
+
+
+class Search:
+    """One search for f°, in two steps: radii that suit f, and the values there."""
+
+    def __init__(
+        self, f: Objective, seed: int, budget: float | None, callback: Callable[[float, float], object] | None
+    ) -> None:
+        self.f, self.before, self.callback = f, f.cost, callback
+        self.small = f.n <= SMALL
+        self.tolerance = TIGHT if self.small and f.dtype == torch.float64 else LOOSE
+        self.budget = budget if budget is not None else SMALL_BUDGET if self.small else BUDGET
+        self.surface = Surface(f)
+        self.random = torch.Generator().manual_seed(seed)
+        scale = self.surface.size or 1.0
+        self.model = QuadraticModel(self.surface, self.surface.eps ** (1 / 3) * scale, seed)
+        self.model.extend(min(MODEL_STEPS, f.n))
+        self.branches = SMALL_BRANCHES if self.small else BRANCHES
+        self.stopped = False
+
+    def __enter__(self) -> Search:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.model.krylov.release()
+
+    def ladder(self) -> list[float]:
+        """Return radii from where rounding shows to where the loss has changed by its own size."""
+        count, clearance = (SMALL_RADII, SMALL_CLEARANCE) if self.small else (RADII, CLEARANCE)
+        return ladder(self.surface, self.model, count, *clearance)
+
+    def run(self, radii: list[float]) -> Variation:
+        """Find f° at these radii, which ascend."""
+        best = self._upwards(radii)
+        if self.small and not self.stopped:
+            self._downwards(radii, best)
+        return self._answer(radii[: len(best)], best, complete=len(best) == len(radii))
+
+    def _affordable(self) -> bool:
+        return (self.f.cost - self.before).gradients < self.budget and not self.stopped
+
+    def _upwards(self, radii: list[float]) -> list[Peak]:
+        """Follow branches from the smallest radius to the largest."""
+        best: list[Peak] = []
+        branches: list[Peak] = []
+        for i, radius in enumerate(radii):
+            starts = [peak.place.offset * (radius / peak.place.distance) for peak in branches if peak.place.distance]
+            starts += self._model_starts(radius, starts)
+            if self.small and i in (0, len(radii) // 2, len(radii) - 1):
+                starts += [self._random_offset(radius) for _ in range(RANDOM_STARTS)]
+            peaks, finite = self._climbed(starts, radius)
+            if best:
+                peaks.append(best[-1])
+            if not finite or not peaks:
+                return best
+            peaks.sort(key=lambda peak: -peak.rise)
+            best.append(peaks[0])
+            most, share = self.branches
+            branches = _distinct([peak for peak in peaks if peak.rise > share * peaks[0].rise])[:most]
+            if self.callback is not None and self.callback(radius, peaks[0].rise):
+                self.stopped = True
+            if not self._affordable():
+                return best
+        return best
+
+    def _downwards(self, radii: list[float], best: list[Peak]) -> None:
+        """Follow the best branch back to smaller radii: what takes over far out may have done so before."""
+        for i in range(len(best) - 2, -1, -1):
+            above = best[i + 1]
+            if above.place.distance and above.place.cosine(best[i].place) < SAME and self._affordable():
+                start = above.place.offset * (radii[i] / above.place.distance)
+                peaks, _ = self._climbed([start], radii[i], best[i].rise)
+                best[i] = max([best[i], *peaks], key=lambda peak: peak.rise)
+
+    def _model_starts(self, radius: float, starts: list[Tensor]) -> list[Tensor]:
+        """Return the maximisers of the model of both signs that are not yet among the starts."""
+        new: list[Tensor] = []
+        for sign in (1.0, -1.0):
+            for offset in self.model.maximisers(radius, sign)[: 2 if self.small else 1]:
+                size = torch.linalg.vector_norm(offset)
+                if size > 0 and all(_cosine(offset, other) < SAME for other in [*starts, *new]):
+                    new.append(offset * (radius / size))
+        return new
+
+    def _random_offset(self, radius: float) -> Tensor:
+        draw = torch.randn(self.f.n, generator=self.random, dtype=torch.float64).to(self.f.device, self.f.dtype)
+        draw *= radius / float(ops.norm([draw]))
+        return draw
+
+    def _climbed(self, starts: list[Tensor], radius: float, known: float = 0.0) -> tuple[list[Peak], bool]:
+        """Climb from each start, in the direction of the change that it has; False where f is not finite."""
+        places: list[Place] = []
+        for start in starts:
+            place = self.surface.place(start, radius)
+            if place is None:
+                return [], False
+            places.append(place)
+        places.sort(key=lambda place: -abs(place.change))
+        peaks: list[Peak] = []
+        for place in places:
+            if peaks and not (self._affordable() and (self.small or abs(place.change) > self.branches[1] * known)):
+                break
+            climb = Climb(self.surface, radius, math.copysign(1.0, place.change), self.tolerance, LONGEST_CLIMB, known)
+            peaks.append(climb.from_(place))
+            known = max(known, peaks[-1].rise)
+        return peaks, True
+
+    def _answer(self, radii: list[float], best: list[Peak], complete: bool) -> Variation:
+        values = [peak.rise for peak in best]
+        slopes = [peak.slope if peak.place.distance > 0.999 * r else 0.0 for peak, r in zip(best, radii, strict=True)]
+        floor = [self.surface.noise(peak.place.point) for peak in best]
+        disagreements = _disagreements(radii, values, slopes, floor)
+        return Variation(
+            radii=tuple(radii),
+            values=tuple(values),
+            slopes=tuple(slopes),
+            signs=tuple(peak.sign for peak in best),
+            floor=tuple(floor),
+            disagreements=disagreements,
+            order=leading_order(
+                radii, values, [low + self.tolerance * v for low, v in zip(floor, values, strict=True)]
+            ),
+            level=self.surface.level,
+            gradient_norm=self.surface.slope,
+            status=self._status(best, disagreements, complete),
+            points=tuple(peak.place.point for peak in best),
+            cost=self.f.cost - self.before,
+            provenance=self.f.provenance(),
+        )
+
+    def _status(self, best: list[Peak], disagreements: Sequence[float], complete: bool) -> Status:
+        if not complete:
+            return Status.TRUNCATED if self._affordable() else Status.BUDGET
+        if max(disagreements, default=0.0) > AGREEMENT or not all(peak.settled for peak in best):
+            return Status.INCONSISTENT
+        return Status.CONVERGED
+
+
+def checked(radii: Sequence[float] | Tensor) -> list[float]:
+    """Return the radii in ascending order, each once.
+
+    Raises:
+        UsageError: one is not positive and finite, or there is none.
+    """
+    chosen = sorted({float(radius) for radius in radii})
+    if not chosen or not all(0 < radius < math.inf for radius in chosen):
+        raise UsageError(f"radii={list(map(float, radii))}: give positive distances, one at least")
+    return chosen
+
+
+def _disagreements(
+    radii: Sequence[float], values: Sequence[float], slopes: Sequence[float], floor: Sequence[float]
+) -> tuple[float, ...]:
+    """|log(v₂/v₁) − (p₁ + p₂)/2·log(r₂/r₁)| between neighbours, where p = r·slope/v is the local exponent."""
+    found = []
+    for i in range(len(radii) - 1):
+        if values[i] <= 0:
+            found.append(math.inf)
+            continue
+        steps = [radii[j] * slopes[j] / values[j] for j in (i, i + 1)]
+        grown = math.log(values[i + 1] / values[i])
+        noise = floor[i] / values[i] + floor[i + 1] / values[i + 1]
+        found.append(max(0.0, abs(grown - sum(steps) / 2 * math.log(radii[i + 1] / radii[i])) - noise))
+    return tuple(found)
+
+
+def _distinct(peaks: list[Peak]) -> list[Peak]:
+    kept: list[Peak] = []
+    for peak in peaks:
+        if all(peak.place.cosine(other.place) < SAME for other in kept):
+            kept.append(peak)
+    return kept
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    sizes = float(ops.norm([a])) * float(ops.norm([b]))
+    return float(ops.dot([a], [b])) / sizes if sizes else 0.0
