@@ -69,7 +69,7 @@ def test_everything_passes_and_the_table_fits(capsys: pytest.CaptureFixture[str]
     assert missed(output) == []
     assert "✗" not in output
     assert max(map(len, output.splitlines())) <= 80
-    for name in (*PROBLEMS, "model", "ledger"):
+    for name in (*(name for name, problem in PROBLEMS.items() if problem.eigenvalues() is not None), "model", "ledger"):
         assert re.search(rf"^{re.escape(name)} .*✓$", output, flags=re.MULTILINE), name
     passed = re.search(r"^(\d+) of (\d+) checks passed in .*seed 0,", output, flags=re.MULTILINE)
     assert passed is not None and passed[1] == passed[2] == str(output.count("✓"))
