@@ -99,7 +99,7 @@ def test_t009_a_tie_that_order_six_decides() -> None:
     assert flattest.variation(r) == pytest.approx(r**2 + r**6, rel=1e-14)
     assert flattest.flat() and not problem.flat()
     excess = problem.variation(0.1) - (0.1**2 + 5 * 0.1**6)
-    assert excess == pytest.approx(4 * 0.1**12, rel=1e-3, abs=1e-17)
+    assert excess == pytest.approx(4 * 0.1**12, rel=1e-2, abs=0)
 
 
 def test_t010_cone() -> None:

@@ -32,9 +32,7 @@ def random_minimiser(product: Tensor, depth: int, generator: torch.Generator) ->
     """
     size = len(product)
     if product.shape != (size, size) or depth < 1:
-        raise UsageError(
-            f"a square product and a depth of 1 or more are needed, not {tuple(product.shape)} and {depth}"
-        )
+        raise UsageError(f"give a square product and a depth of 1 or more, not {tuple(product.shape)} and {depth}")
     weights = [_gaussian(size, generator) / size**0.5 for _ in range(depth)]
     j = int(torch.randint(depth, (), generator=generator))
     before, after = multiplied(weights[:j], size), multiplied(weights[j + 1 :], size)
