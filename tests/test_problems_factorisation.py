@@ -48,7 +48,7 @@ def test_t019_t022_least_norms() -> None:
 
 
 def test_t023_rescaling_at_equal_norms_without_aligned_vectors() -> None:
-    # ‖tX‖² + ‖Y/t‖² at t = 1 has derivative 0; the repaired proof moves along the top vector of X alone: 2s²(1 − |Pu|²).
+    # ‖tX‖² + ‖Y/t‖² has derivative 0 at t = 1; the repaired proof moves along the top vector of X: 2s²(1 − |Pu|²).
     X = torch.diag(torch.tensor([2.0, 1.0])).double()
     c = math.sqrt(0.5)
     Y = matrix((c, -c), (c, c)) @ X

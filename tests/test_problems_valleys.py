@@ -61,6 +61,39 @@ def test_t004_lipschitz_modulus() -> None:
     assert product(2.0, 1).order() == (1, pytest.approx(2.0615528128, abs=1e-10))
 
 
+def test_t015_sharpness_along_the_flow_to_the_flat_minimum() -> None:
+    # The flow of −∇(x₁² − x₂²)²/4 from (3, 1/3): x₁ = e^θ, tanh θ = 0.8e^{−4t}, λ₁ = 4cosh 2θ.
+    theta = math.atanh(0.8 * math.exp(-0.4))
+    assert math.exp(theta) == pytest.approx(1.820089175, abs=1e-9)
+    assert product(3.0).sharpness() == pytest.approx(18.22222222, abs=1e-8)
+    assert product(math.exp(theta)).sharpness() == pytest.approx(7.229181857, abs=1e-9)
+
+
+def test_t037_normalised_steps_shrink_what_the_flow_conserves() -> None:
+    problem, step = product(1.0).at((2.0, 0.7)), 0.3
+    gradient = problem.objective().gradient()
+    moved = problem.at(torch.tensor(problem.point, dtype=torch.float64) - step * gradient / gradient.norm())
+    assert float(moved.conserved() / problem.conserved()) == pytest.approx(0.9799554566, abs=1e-10)
+    assert 1 - step**2 / (2**2 + 0.7**2) == pytest.approx(0.9799554566, abs=1e-10)
+
+
+def test_t038_limit_of_the_gradient_flow() -> None:
+    limit = product(1.817354021)
+    assert limit.point[1] == pytest.approx(0.5502505227, abs=1e-9)
+    assert limit.conserved().tolist() == pytest.approx(product(1.0).at((2.0, 1.0)).conserved().tolist(), abs=1e-8)
+
+
+def test_t044_the_conserved_quantity_of_the_gradient_points_back() -> None:
+    problem = Monomial((1.3, 0.8, 1.1), (1, 2, 3))
+    x, v = (torch.tensor(values, dtype=torch.float64) for values in (problem.point, problem.exponents))
+    C = problem.conserved()
+    monomial = float((x**v).prod())
+    expected = -4 * (monomial - 1) ** 2 * v[-1] * monomial**2 / x[-1] ** 2 * (v[:-1] * C**2 / x[:-1] ** 2).sum()
+    assert float(C @ problem.at(problem.objective().gradient()).conserved()) == pytest.approx(
+        float(expected), rel=1e-12
+    )
+
+
 @pytest.mark.parametrize(("x1", "norm"), [(2.0, 433.5), (1.0, 96), (-1.0, 96)])
 def test_t028_norm_of_the_fourth_derivative(x1: float, norm: float) -> None:
     problem = product(x1, 4)
@@ -164,6 +197,19 @@ def test_t027_relu_on_both_sides() -> None:
     assert inactive.variation(0.6) is None and active.variation(0.6) is None
     assert active.sharpness() == 2 * (1 + 0.25 + 4)
     assert ReluProduct((0.0, 0.0, 1.0)).variation(0.7) == pytest.approx(0.49, rel=1e-14)
+
+
+def test_t035_normalised_descent_ends_beside_the_flat_minimum() -> None:
+    problem, x = QuarticTie((3.2, 0.6)), [3.2, 0.6]
+    ends = {999: (0.04401217, -0.05627909), 1000: (0.04400969, 0.25994868)}
+    for k in range(1000):
+        first, second = 2 * x[0] * x[1] ** 4, 2 * x[1] + 4 * x[0] ** 2 * x[1] ** 3
+        if k in (0, 7):
+            assert problem.at(x).objective().gradient().tolist() == pytest.approx([first, second], rel=1e-14)
+        step = (k + 1) ** (-1 / 6) / math.hypot(first, second)
+        x = [x[0] - step * first, x[1] - step * second]
+        if k + 1 in ends:
+            assert x == pytest.approx(ends[k + 1], abs=1e-8)
 
 
 def test_t029_a_tie_that_order_four_decides() -> None:

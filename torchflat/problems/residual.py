@@ -115,7 +115,8 @@ class Monomial(Residual):
             return super().variation(radius)
         if not self.flat() or radius > min(map(abs, self.point)):
             return None
-        return float(((1 + radius / math.hypot(*self.point)) ** sum(self.exponents) - 1) ** self.power)
+        growth = math.expm1(sum(self.exponents) * math.log1p(radius / math.hypot(*self.point)))
+        return float(growth**self.power)
 
     def flat(self) -> bool | None:
         """Say whether C = 0."""

@@ -41,20 +41,22 @@ def random_minimiser(product: Tensor, depth: int, generator: torch.Generator) ->
 
 
 def mixed(weights: Sequence[Tensor], size: float, generator: torch.Generator) -> Weights:
-    """Change the basis between two layers: W_k ← (I + εN)W_k, W_{k+1} ← W_{k+1}(I + εN)⁻¹, k < m drawn, N Gaussian.
+    """Change the basis between any two layers: W_k ← G_kW_kG_{k−1}⁻¹, G_k = I + εN_k, N_k Gaussian, G_0 = G_m = I.
 
-    ε is ``size``. Any widths.
+    ε is ``size``, relative to the layers. Any widths.
     """
     moved = [w.double() for w in weights]
-    k = int(torch.randint(len(moved) - 1, (), generator=generator))
-    width = len(moved[k])
-    change = torch.eye(width, dtype=torch.float64) + size * _gaussian(width, generator)
-    moved[k], moved[k + 1] = change @ moved[k], torch.linalg.solve(change, moved[k + 1], left=False)
+    for k, width in enumerate(map(len, moved[:-1])):
+        change = torch.eye(width, dtype=torch.float64) + size * _gaussian(width, generator)
+        moved[k], moved[k + 1] = change @ moved[k], torch.linalg.solve(change, moved[k + 1], left=False)
     return tuple(moved)
 
 
 def nudged(weights: Sequence[Tensor], size: float, generator: torch.Generator) -> Weights:
-    """Move all layers but one, drawn, by εN, and let that one make up for it; square, invertible layers."""
+    """Move all layers but one, drawn, by εN, N Gaussian, and let that one make up for it; square, invertible layers.
+
+    ε is ``size``.
+    """
     layers = [w.double() for w in weights]
     width = len(layers[0])
     product = multiplied(layers, width)
