@@ -158,6 +158,8 @@ def test_data_that_is_not_white_leaves_the_flattest_open() -> None:
 def test_flatness_is_left_open_where_layers_are_not_invertible() -> None:
     assert DeepLinear.white((drawn(1, 3, 2), drawn(2, 2, 3))).flat() is None
     assert DeepLinear.white((drawn(1, 2, 2), drawn(2, 2, 2))).flat() is False
+    one_of_two = DeepLinear.white((torch.diag(torch.tensor([2.0, 0.1])), torch.diag(torch.tensor([2.0, 5.0]))))
+    assert one_of_two.flat() is False and one_of_two.variation(0.1) is None
     assert DeepLinear.white((torch.eye(2), torch.zeros(2, 2))).flat() is None
     assert DeepLinear.white((torch.zeros(2, 2), torch.zeros(2, 2))).flat() is True
 

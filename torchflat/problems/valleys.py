@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchflat.problems.kinks import absolute, positive_part
-from torchflat.problems.maximum import interval_maximum, quadratic_maximum
+from torchflat.problems.maximum import interval_maximum
 from torchflat.problems.problem import Function
 from torchflat.problems.residual import Residual
 
@@ -238,19 +238,18 @@ class ReluProduct(Residual):
         first, second, _ = self.point
         return None if first == 0 != second else super().eigenvalues()
 
+    def curvature(self) -> Tensor:
+        """Return F″ on the side that the slope is of."""
+        curvature = torch.zeros(3, 3, dtype=torch.float64)
+        curvature[0, 1] = curvature[1, 0] = float(self.point[0] >= 0)
+        return curvature
+
     def variation(self, radius: float) -> float | None:
         """Return f° up to r = |x₁|; for all r at x₁ = 0.
 
-        There |F| ≤ |u₁|(|x₂| + |u₂|) + |u₃|, and equal to it at some u with u₁ ≥ 0: the bars may be left out.
+        There |F| ≤ |u₁|(|x₂| + |u₂|) + |u₃|, and equal to it at some u with u₁ ≥ 0: the kink makes no difference.
         """
-        first, second, _ = self.point
-        if not self.solved() or (first != 0 and radius > abs(first)):
-            return None
-        slope = torch.tensor(self.slope() if first else (abs(second), 0.0, 1.0), dtype=torch.float64)
-        curvature = torch.zeros(3, 3, dtype=torch.float64)
-        curvature[0, 1] = curvature[1, 0] = float(first >= 0)
-        both = quadratic_maximum(torch.stack([slope, -slope]), torch.stack([curvature, -curvature]), radius)
-        return float(both.max()) ** self.power
+        return super().variation(radius) if radius <= abs(self.point[0]) or self.point[0] == 0 else None
 
     def flat(self) -> bool | None:
         """Say whether x₁ < 0 or x = (0, 0, 1)."""
