@@ -21,7 +21,6 @@ from torchflat.errors import NonFiniteError, UsageError
 from torchflat.objective import Objective
 from torchflat.ops import reference
 from torchflat.problems import PROBLEMS, Problem
-from torchflat.problems.regression import SoftmaxRegression
 from torchflat.result import Cost, Interval, Status
 from torchflat.spectrum import (
     NotConvergedWarning,
@@ -171,18 +170,20 @@ def _checks() -> Iterator[Check]:
 
 
 def _problem_checks(problem: Problem) -> dict[str, Measure]:
-    spectrum = problem.eigenvalues()
+    spectrum, largest, total = problem.eigenvalues(), problem.sharpness(), problem.trace()
+    if spectrum is None or largest is None or total is None:
+        return {}
     n = len(spectrum)
-    checks: dict[str, Measure] = {"sharpness": functools.partial(_sharpness, problem, "lanczos")}
+    checks: dict[str, Measure] = {"sharpness": functools.partial(_sharpness, problem, largest, "lanczos")}
     if _power_is_fast(spectrum):
-        checks["power"] = functools.partial(_sharpness, problem, "power")
-    if isinstance(problem, SoftmaxRegression) and len(problem.X) >= MULTILEVEL_ROWS:
-        checks["multilevel"] = functools.partial(_sharpness, problem, "multilevel")
-    checks[f"largest {min(3, n)}"] = functools.partial(_eigenpairs, problem, "largest", min(3, n))
-    checks[f"smallest {min(2, n)}"] = functools.partial(_eigenpairs, problem, "smallest", min(2, n))
-    checks["trace"] = functools.partial(_trace, problem)
+        checks["power"] = functools.partial(_sharpness, problem, largest, "power")
+    if problem.rows >= MULTILEVEL_ROWS:
+        checks["multilevel"] = functools.partial(_sharpness, problem, largest, "multilevel")
+    checks[f"largest {min(3, n)}"] = functools.partial(_eigenpairs, problem, spectrum.flip(0)[:3], "largest")
+    checks[f"smallest {min(2, n)}"] = functools.partial(_eigenpairs, problem, spectrum[:2], "smallest")
+    checks["trace"] = functools.partial(_trace, problem, total)
     if n >= DENSITY_SIZE:
-        checks["density"] = functools.partial(_density, problem)
+        checks["density"] = functools.partial(_density, problem, spectrum)
     for block, known in problem.block_sharpness().items():
         checks[f"block {block}"] = functools.partial(_block, problem, block, known)
     return checks
@@ -194,26 +195,24 @@ def _power_is_fast(spectrum: Tensor) -> bool:
     return bool(spectrum[-1] > -spectrum[0]) and (len(below) == 0 or bool(below[0] <= POWER_RATIO * sizes[0]))
 
 
-def _sharpness(problem: Problem, method: str, seed: int, rtol: float) -> Finding:
+def _sharpness(problem: Problem, known: float, method: str, seed: int, rtol: float) -> Finding:
     answer = sharpness(problem.objective(), rtol, CONFIDENCE, method, seed, budget=BUDGET)
     # Power iteration settles without a proof more often than not; that its interval holds is all it claims.
     status = None if answer.status is Status.NOT_CERTIFIED else answer.status
-    return _found(problem.sharpness(), answer, answer.cost, status)
+    return _found(known, answer, answer.cost, status)
 
 
-def _eigenpairs(problem: Problem, which: str, k: int, seed: int, rtol: float) -> Finding:
-    answer = eigenpairs(problem.objective(), k, which, rtol, CONFIDENCE, seed, budget=BUDGET)
-    ascending = problem.eigenvalues()
-    known = (ascending.flip(0) if which == "largest" else ascending)[:k].tolist()
-    both = zip(known, answer.pairs, strict=True)
+def _eigenpairs(problem: Problem, known: Tensor, which: str, seed: int, rtol: float) -> Finding:
+    answer = eigenpairs(problem.objective(), len(known), which, rtol, CONFIDENCE, seed, budget=BUDGET)
+    both = zip(known.tolist(), answer.pairs, strict=True)
     findings = [_found(value, pair, answer.cost, answer.status) for value, pair in both]
     return next((finding for finding in findings if finding.fault), findings[-1])
 
 
-def _trace(problem: Problem, seed: int, rtol: float) -> Finding:
+def _trace(problem: Problem, known: float, seed: int, rtol: float) -> Finding:
     # Sampled numbers cost 1/rtol² probes; as narrow as the others they would always be computed exactly.
     answer = trace(problem.objective(), 10 * rtol, CONFIDENCE, seed, budget=BUDGET)
-    return _found(problem.trace(), answer, answer.cost, answer.status)
+    return _found(known, answer, answer.cost, answer.status)
 
 
 def _block(problem: Problem, block: str, known: float, seed: int, rtol: float) -> Finding:
@@ -222,7 +221,7 @@ def _block(problem: Problem, block: str, known: float, seed: int, rtol: float) -
     return _found(known, row, answer.cost, row.status)
 
 
-def _density(problem: Problem, seed: int, rtol: float) -> Finding:
+def _density(problem: Problem, spectrum: Tensor, seed: int, rtol: float) -> Finding:
     """Compare the share of the density above the median eigenvalue.
 
     With h the density's kernel integrated from there, a random start gives Σ h(λᵢ)uᵢ², where u² is Dirichlet(½, …, ½):
@@ -230,7 +229,7 @@ def _density(problem: Problem, seed: int, rtol: float) -> Finding:
     beta law, which h ∈ {0, 1} gives and any other h strays less than). The number of starts depends on what they gave,
     so that each number there may be gets an equal part of the probability of a miss.
     """
-    spectrum, starts = problem.eigenvalues(), 8
+    starts = 8
     answer = spectral_density(problem.objective(), starts=starts, seed=seed, budget=BUDGET)
     cut = float(spectrum.median())
     grid, density = (torch.tensor(values, dtype=torch.float64) for values in (answer.grid, answer.density))

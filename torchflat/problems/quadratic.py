@@ -48,3 +48,12 @@ class Quadratic(Problem):
     def eigenvalues(self) -> Tensor:
         """Return λ, sorted."""
         return self.spectrum.double().sort().values
+
+    def variation(self, radius: float) -> float:
+        """Return ½ max|λ| r²."""
+        return 0.5 * float(self.spectrum.double().abs().max()) * radius**2
+
+    def order(self) -> tuple[float, float] | None:
+        """Return (2, ½ max|λ|), unless all are 0."""
+        size = float(self.spectrum.double().abs().max())
+        return (2, 0.5 * size) if size > 0 else None

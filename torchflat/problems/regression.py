@@ -29,6 +29,11 @@ class LinearRegression(Problem):
 
     X: Tensor
 
+    @property
+    def rows(self) -> int:
+        """The number of rows of X."""
+        return len(self.X)
+
     def objective(self) -> Objective:
         """Return f of a float64 linear layer of ones, on seven rows at a time, with targets zero."""
         model = skip_init(nn.Linear, self.X.shape[1], 1, bias=False, dtype=torch.float64)
@@ -58,6 +63,11 @@ class SoftmaxRegression(Problem):
 
     X: Tensor
     classes: int
+
+    @property
+    def rows(self) -> int:
+        """The number of rows of X."""
+        return len(self.X)
 
     def objective(self) -> Objective:
         """Return f of a float32 linear layer of zeros, with every label in turn."""
