@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchflat import Objective, Task, audit, sharpness
 from torchflat.errors import UsageError
 from torchflat.objective.forms import Forms
-from torchflat.spectrum.sampling import Sampling, _standard_error, sampling_interval
+from torchflat.spectrum.sampling import Sampling, standard_error, sampling_interval
 
 SCALE = torch.tensor([2.0, 1.0, 1.0, 1.0], dtype=torch.float64)
 
@@ -61,7 +61,7 @@ def test_fresh_data_falls_into_the_interval_as_often_as_it_says(order: str) -> N
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_standard_error_is_that_of_the_closed_form(order: str) -> None:
+def teststandard_error_is_that_of_the_closed_form(order: str) -> None:
     # The squares of a Gaussian: Var 2(x·v)² = 2·(2σ²)², so that the error is λ·√(2/m).
     rows = drawn(6000, torch.Generator().manual_seed(0))
     value, vector = top(rows)
@@ -104,7 +104,7 @@ def test_it_is_near_the_jackknife() -> None:
     left_out = (sums.sum() - sums) / (weights.sum() - weights)
     jackknife = math.sqrt(399 / 400 * float((left_out - left_out.mean()).square().sum()))
     ones, one_stratum = torch.ones(400, dtype=torch.float64), torch.zeros(400, dtype=torch.int64)
-    error, freedom = _standard_error(Forms(weights, sums, ones, one_stratum, True))
+    error, freedom = standard_error(Forms(weights, sums, ones, one_stratum, True))
     assert error == pytest.approx(jackknife, rel=0.01) and freedom == 399
 
 
@@ -115,7 +115,7 @@ def test_it_is_near_the_jackknife() -> None:
 def test_degrees_of_freedom(units: list[float], strata: list[int], freedom: int) -> None:
     sums = torch.randn(16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     counts = torch.tensor(units, dtype=torch.float64)
-    assert _standard_error(Forms(counts, sums, counts, torch.tensor(strata), True))[1] == freedom
+    assert standard_error(Forms(counts, sums, counts, torch.tensor(strata), True))[1] == freedom
 
 
 @pytest.mark.parametrize("size", [1e-150, 1e120])

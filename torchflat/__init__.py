@@ -3,6 +3,7 @@
 from torchflat.audit.report import Report
 from torchflat.audit.run import audit
 from torchflat.audit.task import Task
+from torchflat.flatness import Verdict, compare, derivative_norm, is_flat_against, variation
 from torchflat.objective import Objective
 from torchflat.result import Cost, Interval, Status
 from torchflat.spectrum import block_sharpness, eigenpairs, sampling_interval, sharpness, spectral_density, trace
@@ -16,11 +17,16 @@ __all__ = [
     "Report",
     "Status",
     "Task",
+    "Verdict",
     "audit",
     "block_sharpness",
+    "compare",
+    "derivative_norm",
     "eigenpairs",
+    "is_flat_against",
     "sampling_interval",
     "sharpness",
     "spectral_density",
     "trace",
+    "variation",
 ]

@@ -107,7 +107,7 @@ class Cost(Answer):
 def _plain(value: Any) -> Any:
     if isinstance(value, Answer):
         return value.to_dict()
-    if isinstance(value, Status):
+    if isinstance(value, enum.Enum):
         return value.name
     if isinstance(value, torch.Tensor):
         return _plain(value.tolist())

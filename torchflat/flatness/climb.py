@@ -24,6 +24,8 @@ KINK_TOLERANCE, KINK_SETTLED = 1e-9, 1e-6
 LARGEST_BUNDLE = 12
 # The linear model promises too little where eigenvalues crowd: without a step that shows it, only so much is trusted.
 SURE = 0.03
+# What a climb that was cut short may have left, relative to its rise: not known, and more than nothing.
+UNSETTLED = 0.1
 # After so many gradients, a climb that is below this share of what is known elsewhere is given up.
 PATIENCE, HOPE = 10, 0.5
 
@@ -32,14 +34,16 @@ PATIENCE, HOPE = 10, 0.5
 class Peak:
     """Where a climb ended.
 
-    ``settled`` tells whether no way up was left that matters to the tolerance, ``slope`` is how fast the rise grows
-    with the radius: |∇f(y)|, or that of the mixture of gradients which is radial where y is on a kink.
+    ``accuracy`` is what the linear model, or on a kink the bundle, promised of another step, relative to the rise, and
+    ``settled`` whether that is little. ``slope`` is how fast the rise grows with the radius: |∇f(y)|, or that of the
+    mixture of gradients which is radial where y is on a kink.
     """
 
     place: Place
     sign: float
     settled: bool
     slope: float
+    accuracy: float
 
     @property
     def rise(self) -> float:
@@ -79,24 +83,24 @@ class Climb:
         while self.left > 0:
             slope = place.slope
             if slope == 0 or self._hopeless(place):
-                return Peak(place, self.sign, True, slope)
+                return Peak(place, self.sign, True, slope, self.tolerance)
             target = place.gradient * (self.sign * self.radius / slope)
             promised = self.sign * float(ops.dot([place.gradient], [target - place.offset]))
             enough = self._negligible(place)
             if promised <= enough * (1 if gain <= enough else SURE):
-                return Peak(place, self.sign, True, slope)
+                return Peak(place, self.sign, True, slope, self.tolerance)
             earlier = [*earlier[-DEPTH:], (place.offset, target)]
             higher = self._step(place, target, earlier)
             if higher is None:
                 earlier = []
                 higher = self._shorter(place, target, enough)
             if higher is None and promised <= enough:
-                return Peak(place, self.sign, True, slope)
+                return Peak(place, self.sign, True, slope, self.tolerance)
             if higher is None:
                 return self._over_kinks(place)
             gain = self.sign * (higher.change - place.change)
             place = higher
-        return Peak(place, self.sign, False, place.slope)
+        return Peak(place, self.sign, False, place.slope, UNSETTLED)
 
     def _hopeless(self, place: Place) -> bool:
         """Whether so many steps have led to so little that what is known elsewhere will not be reached."""
@@ -146,7 +150,8 @@ class Climb:
                 place = trial
             elif not news or len(near) == LARGEST_BUNDLE:
                 width *= SHRINK
-        return Peak(place, self.sign, promised <= KINK_SETTLED * max(abs(place.change), self.known), slope)
+        left = promised / (max(abs(place.change), self.known) or 1.0)
+        return Peak(place, self.sign, left <= KINK_SETTLED, slope, max(left, KINK_TOLERANCE))
 
     def _common_direction(self, place: Place, near: list[Place]) -> tuple[Tensor, float]:
         """Shortest convex combination of the gradients, each without its part along u where u is on the sphere.

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchflat.flatness.quadratic import QuadraticModel
 from torchflat.flatness.surface import Surface
 
-__all__ = ["ladder"]
+__all__ = ["geometric", "ladder"]
 
 # Where the loss has no size of its own (it is zero), the ladder ends at this share of |x|.
 REACH = 0.25
@@ -42,7 +42,12 @@ def ladder(surface: Surface, model: QuadraticModel, count: int, clearance: float
         if near == smallest:
             break
     near = min(near, far / 4)
-    return [near * (far / near) ** (i / (count - 1)) for i in range(count)]
+    return geometric(near, far, count)
+
+
+def geometric(low: float, high: float, count: int) -> list[float]:
+    """Return ``count`` radii from ``low`` to ``high`` in geometric progression."""
+    return [low * (high / low) ** (i / (count - 1)) for i in range(count)]
 
 
 def _reaching(surface: Surface, model: QuadraticModel, level: float, size: float) -> float:

@@ -14,6 +14,9 @@ from torchflat.objective import Objective
 
 __all__ = ["Place", "Surface"]
 
+# So many roundings stand clear of rounding.
+CLEAR = 100.0
+
 
 @dataclass(frozen=True, eq=False)
 class Place:
@@ -71,10 +74,25 @@ class Surface:
 
     def noise(self, point: Tensor) -> float:
         """How far f(y) moves when every coordinate of y moves by about one rounding, and that of f(y) itself."""
+        value, moved = (self.f.at(each).value() for each in (point, self._moved(point)))
+        return max(2 * abs(moved - value), self.eps * abs(value))
+
+    def critical(self) -> bool:
+        """Whether nothing leads down from x at first order: ∇f(x) is rounding, or −∇f(x) leads up from a kink."""
+        if self.slope == 0:
+            return True
+        near = self.f.at(self._moved(self.x)).gradient()
+        if self.slope <= CLEAR * float(ops.norm([near - self.gradient])):
+            return True
+        radius = max(CLEAR * self.noise(self.x) / self.slope, CLEAR * self.eps * self.size)
+        fall = -self.change(self.gradient * (-radius / self.slope), radius)
+        return fall < 0.1 * self.slope * radius
+
+    def _moved(self, point: Tensor) -> Tensor:
+        """Move every coordinate by one rounding, up or down."""
         source = torch.Generator().manual_seed(0)
         signs = torch.randint(2, point.shape, generator=source).to(point.device, point.dtype) * 2 - 1
-        value, moved = (self.f.at(each).value() for each in (point, point + self.eps * signs * point))
-        return max(2 * abs(moved - value), self.eps * abs(value))
+        return point + self.eps * signs * point
 
     def _rounded(self, offset: Tensor, radius: float) -> tuple[Tensor, Tensor]:
         for _ in range(4):

@@ -50,7 +50,11 @@ class Variation(Answer):
     Every value is attained: ``points[i]`` (n,) lies within ``radii[i]`` of x, and f changes there by
     ``signs[i]·values[i]``. So it is a lower bound, and the maximum as far as all starts and the slopes tell: at a
     maximiser y, d f°/dr = |∇f(y)| (T094), and ``disagreements[i]`` is by how much log f° grows otherwise from radius i
-    to i + 1. ``floor`` is how far each value moves when y moves by one rounding. ``order`` describes r → 0.
+    to i + 1. ``floor`` is how far each value moves when y moves by one rounding, and ``accuracy`` how far the climb may
+    have ended below its peak, relative to the value; other peaks are not in it. ``order`` describes r → 0.
+
+    ``critical`` tells whether nothing leads down from x at first order, as far as rounding lets see: ∇f(x) = 0, or x is
+    on a kink.
     """
 
     radii: tuple[float, ...]
@@ -220,6 +224,8 @@ class Search:
         slopes = [peak.slope if peak.place.distance > 0.999 * r else 0.0 for peak, r in zip(best, radii, strict=True)]
         floor = [self.surface.noise(peak.place.point) for peak in best]
         disagreements = _disagreements(radii, values, slopes, floor)
+        accuracy = tuple(max(self.tolerance, peak.accuracy) for peak in best)
+        unsure = [low + share * value for low, share, value in zip(floor, accuracy, values, strict=True)]
         return Variation(
             radii=tuple(radii),
             values=tuple(values),
@@ -227,11 +233,11 @@ class Search:
             signs=tuple(peak.sign for peak in best),
             floor=tuple(floor),
             disagreements=disagreements,
-            order=leading_order(
-                radii, values, [low + self.tolerance * v for low, v in zip(floor, values, strict=True)]
-            ),
+            accuracy=accuracy,
+            order=leading_order(radii, values, unsure),
             level=self.surface.level,
             gradient_norm=self.surface.slope,
+            critical=self.surface.critical(),
             status=self._status(best, disagreements, complete),
             points=tuple(peak.place.point for peak in best),
             cost=self.f.cost - self.before,

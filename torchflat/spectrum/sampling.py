@@ -17,7 +17,7 @@ from torchflat.spectrum.krylov import power_of_two
 from torchflat.spectrum.sharpness import Sharpness
 from torchflat.spectrum.student import t_quantile
 
-__all__ = ["Sampling", "sampling_interval"]
+__all__ = ["Sampling", "sampling_interval", "standard_error"]
 
 # Below this the spread of the data is not worth stating.
 FEWEST = 8
@@ -91,14 +91,14 @@ def sampling_interval(
         error = half = math.inf
         note = f"{units} {'rows' if forms.cut else 'batches'} are too few to say how far λ₁ moves on fresh data"
     else:
-        error, freedom = _standard_error(forms)
+        error, freedom = standard_error(forms)
         half = t_quantile(confidence, freedom) * math.sqrt(2) * error
         note = "" if forms.cut else "the batches cannot be cut: each counts as one random draw of fresh data"
     value = forms.mean
     return Sampling(value, value - half, value + half, confidence, error, count, f.cost - before, note)
 
 
-def _standard_error(forms: Forms) -> tuple[float, int]:
+def standard_error(forms: Forms) -> tuple[float, int]:
     """Return the standard error of vᵀHv over the draw of the rows, and how many degrees of freedom it has."""
     residuals = forms.sums - forms.mean * forms.weights
     scale = power_of_two(float(residuals.abs().max()))
