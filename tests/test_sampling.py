@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchflat import Objective, Task, audit, sharpness
 from torchflat.errors import UsageError
 from torchflat.objective.forms import Forms
-from torchflat.spectrum.sampling import Sampling, standard_error, sampling_interval
+from torchflat.spectrum.sampling import Sampling, sampling_interval, standard_error
 
 SCALE = torch.tensor([2.0, 1.0, 1.0, 1.0], dtype=torch.float64)
 

@@ -3,7 +3,7 @@
 from torchflat.audit.report import Report
 from torchflat.audit.run import audit
 from torchflat.audit.task import Task
-from torchflat.flatness import Verdict, compare, derivative_norm, is_flat_against, variation
+from torchflat.flatness import Verdict, compare, derivative_norm, is_flat_against, level_distance, variation
 from torchflat.objective import Objective
 from torchflat.result import Cost, Interval, Status
 from torchflat.spectrum import block_sharpness, eigenpairs, sampling_interval, sharpness, spectral_density, trace
@@ -24,6 +24,7 @@ __all__ = [
     "derivative_norm",
     "eigenpairs",
     "is_flat_against",
+    "level_distance",
     "sampling_interval",
     "sharpness",
     "spectral_density",

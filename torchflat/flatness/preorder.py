@@ -88,6 +88,7 @@ def compare(
 
     Source: T001, T002, T006 and section 6 of the design: order and modulus first, then the profiles.
 
+    >>> import torch
     >>> fn = lambda x: (x[0] * x[1] - 1) ** 2
     >>> flat, sharp = (torch.tensor([t, 1 / t], dtype=torch.float64) for t in (1.0, 2.0))
     >>> answer = compare(Objective.from_function(fn, flat), Objective.from_function(fn, sharp))
@@ -159,6 +160,7 @@ def is_flat_against(f: Objective, points: Sequence[Tensor], **options: object) -
         points: others, to be compared with it.
         options: of :func:`compare`.
 
+    >>> import torch
     >>> f = Objective.from_function(lambda x: (x[0] * x[1] - 1) ** 2, torch.ones(2, dtype=torch.float64))
     >>> is_flat_against(f, [torch.tensor([2.0, 0.5]), torch.tensor([-1.0, -1.0])]).flat
     True

@@ -44,7 +44,10 @@ class Place:
 
 
 class Surface:
-    """The objective seen from its point x: what it changes by at x + u, for offsets u of shape (n,)."""
+    """The objective seen from its point x: what it changes by at x + u, for offsets u of shape (n,).
+
+    ``unbounded`` is the smallest distance at which f was found not to be finite, infinity if it always was.
+    """
 
     def __init__(self, f: Objective) -> None:
         self.f = f
@@ -54,6 +57,7 @@ class Surface:
         self.slope = float(ops.norm([self.gradient]))
         self.size = float(ops.norm([self.x]))
         self.eps = torch.finfo(f.dtype).eps
+        self.unbounded = math.inf
 
     def place(self, offset: Tensor, radius: float) -> Place | None:
         """Evaluate at x + u, with u in the ball of ``radius`` also once it was rounded; None where f is not finite."""
@@ -62,14 +66,17 @@ class Surface:
         try:
             gradient = there.gradient()
         except NonFiniteError:
+            self._note_unbounded(offset)
             return None
         return Place(point, offset, there.value() - self.level, gradient)
 
     def change(self, offset: Tensor, radius: float) -> float:
         """Return f(x + u) − f(x), without a gradient; NaN where f is not finite."""
+        point, offset = self._rounded(offset, radius)
         try:
-            return self.f.at(self._rounded(offset, radius)[0]).value() - self.level
+            return self.f.at(point).value() - self.level
         except NonFiniteError:
+            self._note_unbounded(offset)
             return math.nan
 
     def noise(self, point: Tensor) -> float:
@@ -87,6 +94,9 @@ class Surface:
         radius = max(CLEAR * self.noise(self.x) / self.slope, CLEAR * self.eps * self.size)
         fall = -self.change(self.gradient * (-radius / self.slope), radius)
         return fall < 0.1 * self.slope * radius
+
+    def _note_unbounded(self, offset: Tensor) -> None:
+        self.unbounded = min(self.unbounded, float(ops.norm([offset])))
 
     def _moved(self, point: Tensor) -> Tensor:
         """Move every coordinate by one rounding, up or down."""
