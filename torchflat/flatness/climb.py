@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,8 @@ SURE = 0.03
 UNSETTLED = 0.1
 # After so many gradients, a climb that is below this share of what is known elsewhere is given up.
 PATIENCE, HOPE = 10, 0.5
+# Offsets at this cosine from a higher peak lead there.
+JOINED = 0.99999
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,15 +63,22 @@ class Climb:
     convex combination of the gradients seen nearby, tangential to the ball, is a way up for all of them, or proof that
     there is none (bundle method; Kiwiel 1985, Burke, Lewis and Overton 2005).
 
-    Gains below ``tolerance`` times what is ``known`` to be reached on this ball do not matter. Every gradient counts
-    against ``limit``.
+    Gains below ``tolerance`` times what is ``known`` to be reached on this ball do not matter, and a climb that joins
+    one of the peaks ``reached`` before ends. Every gradient counts against ``limit``.
     """
 
     def __init__(
-        self, surface: Surface, radius: float, sign: float, tolerance: float, limit: int, known: float = 0.0
+        self,
+        surface: Surface,
+        radius: float,
+        sign: float,
+        tolerance: float,
+        limit: int,
+        known: float = 0.0,
+        reached: Sequence[Peak] = (),
     ) -> None:
         self.surface, self.radius, self.sign = surface, radius, sign
-        self.tolerance, self.known = tolerance, known
+        self.tolerance, self.known, self.reached = tolerance, known, reached
         self.left, self._limit = limit, limit
 
     @property
@@ -103,8 +113,9 @@ class Climb:
         return Peak(place, self.sign, False, place.slope, UNSETTLED)
 
     def _hopeless(self, place: Place) -> bool:
-        """Whether so many steps have led to so little that what is known elsewhere will not be reached."""
-        return self.taken >= PATIENCE and self._rise(place) < HOPE * self.known
+        """Whether the climb leads to where another one ended, or many steps have led to too little."""
+        joined = any(p.rise >= self._rise(place) and p.place.cosine(place) > JOINED for p in self.reached)
+        return joined or (self.taken >= PATIENCE and self._rise(place) < HOPE * self.known)
 
     def _step(self, place: Place, target: Tensor, earlier: list[tuple[Tensor, Tensor]]) -> Place | None:
         if len(earlier) > 1:
