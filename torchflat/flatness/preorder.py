@@ -62,7 +62,7 @@ def compare(
     symmetry: Symmetry | None = None,
     *,
     radii: Sequence[float] | Tensor | None = None,
-    tolerance: float = 1e-2,
+    tolerance: float = 0.05,
     confidence: float = 0.99,
     seed: int = 0,
     budget: float | None = None,

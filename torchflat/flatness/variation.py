@@ -27,8 +27,8 @@ __all__ = ["Search", "Variation", "checked", "variation"]
 SMALL = 1000
 SMALL_BUDGET, BUDGET = 20_000.0, 100.0
 # Gains that are not climbed for, and how far below the peak that may leave a value where eigenvalues crowd.
-TIGHT, LOOSE = 1e-12, 1e-3
-SURE, FAIR = 1e-9, 5e-3
+TIGHT, SINGLE, LOOSE = 1e-12, 1e-6, 1e-3
+SURE, SINGLE_SURE, FAIR = 1e-9, 1e-4, 5e-3
 SMALL_RADII, RADII = 25, 8
 # How many roundings of f, and of x, the smallest radius keeps away from.
 SMALL_CLEARANCE, CLEARANCE = (1e4, 1e4), (1e2, 1e2)
@@ -128,8 +128,8 @@ class Search:
     ) -> None:
         self.f, self.before, self.callback = f, f.cost, callback
         self.small = f.n <= SMALL
-        tight = self.small and f.dtype == torch.float64
-        self.tolerance, self.accuracy = (TIGHT, SURE) if tight else (LOOSE, FAIR)
+        exact = (TIGHT, SURE) if f.dtype == torch.float64 else (SINGLE, SINGLE_SURE)
+        self.tolerance, self.accuracy = exact if self.small else (LOOSE, FAIR)
         self.budget = budget if budget is not None else SMALL_BUDGET if self.small else BUDGET
         self.surface = Surface(f)
         self.random = torch.Generator().manual_seed(seed)
