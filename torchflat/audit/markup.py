@@ -71,7 +71,7 @@ def typeset(shown: str) -> str:
 
 def prose(sentence: str) -> str:
     """Return a sentence of ours with its numbers set, and r^2 as a power."""
-    return re.sub(r"\^(−?[0-9.]+)", r"<sup>\1</sup>", typeset(text(sentence)))
+    return re.sub(r"\^(−?[0-9.]+)", r"<sup>\1</sup>", typeset(text(sentence))).replace("r = ", "r&nbsp;=&nbsp;")
 
 
 def span(part: Mapping[str, Any]) -> tuple[str, str]:

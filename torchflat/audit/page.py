@@ -18,7 +18,7 @@ from torchflat.audit.profile_words import profile_sentences
 from torchflat.audit.report import PARTS, notes_of, plan_sentence
 from torchflat.result import Status
 
-__all__ = ["report_page", "trajectory_page"]
+__all__ = ["provenance_section", "report_page", "trajectory_page"]
 
 _BASIS = {
     "krylov": "The upper bound rests on what the Lanczos run itself saw from its random start.",
@@ -271,7 +271,7 @@ def _profile_section(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -
     body += f"<p>{' '.join(markup.prose(sentence) for sentence in said)}</p>"
     body += (
         '<p class="soft">Every value is attained at a point that was found, so that the largest change is no smaller. '
-        "Below the grey zone rounding hides it.</p>"
+        "In the grey zone rounding would hide it.</p>"
     )
     return markup.section("variation", "Flatness profile", body + f"<p>{markup.ending(part)}</p>")
 
@@ -306,14 +306,15 @@ def _notes_section(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> 
     return markup.section("notes", "Notes and cautions", f'<ul class="notes">{items}</ul>' if items else "")
 
 
-def _provenance_section(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
+def provenance_section(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
+    """Return what is needed to repeat the measurement, folded away."""
     rows = "".join(
         f'<tr><th scope="row">{markup.text(label)}</th><td>{markup.text(value)}</td></tr>'
         for label, value in _flat(report["provenance"])
         if not label.startswith("notes")
     )
     table = f"<table><tbody>{rows}</tbody></table>"
-    details = f"<details><summary>Everything needed to repeat this audit</summary>{table}</details>"
+    details = f"<details><summary>Everything needed to repeat this</summary>{table}</details>"
     return markup.section("provenance", "Provenance", details)
 
 
@@ -334,7 +335,7 @@ SECTIONS = (
     _profile_section,
     _cost_section,
     _notes_section,
-    _provenance_section,
+    provenance_section,
 )
 
 

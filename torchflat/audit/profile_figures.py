@@ -39,12 +39,17 @@ def profile(report: Mapping[str, Any]) -> Figure:
         floors = [low for low in part["floor"] if low]
         powers(axes, "x", radii[0] / 1.2, radii[-1] * 1.2)
         powers(axes, "y", max(min(floors, default=0) / 2, DEEPEST * values[0]), 2 * values[-1])
-        axes.legend(loc="upper left", borderaxespad=0, handlelength=2)
+        figure.legend(loc="outside lower left", ncols=2, handlelength=2)
         return figure
 
 
-def comparison(content: Mapping[str, Any]) -> Figure:
-    """Draw the profiles of A and B with their errors, and below their ratio with its error and the tolerance."""
+def comparison(content: Mapping[str, Any]) -> Figure | None:
+    """Draw the profiles of A and B with their errors, and below their ratio with its error and the tolerance.
+
+    None where fewer than two radii have values that a logarithmic scale can show.
+    """
+    if any(len(_known(content[side]["variation"])[0]) < 2 for side in ("first", "second")):
+        return None
     radii, tolerance = content["radii"], content["tolerance"]
     first, second = content["first"]["variation"], content["second"]["variation"]
     with panels(8, 6.6, rows=2, heights=(1.5, 1)) as (figure, (above, below)):
@@ -61,12 +66,11 @@ def comparison(content: Mapping[str, Any]) -> Figure:
         powers(above, "y", min(value for value in lowest if value > 0) / 2, 2 * max(highest))
         above.set_title("Flatness profiles of A and B")
         above.set_ylabel("change of the loss")
-        above.legend(loc="upper left", borderaxespad=0, handlelength=2)
         _ratio(below, radii, content, second["values"], tolerance)
         _shade_curved(below, radii, first, second)
-        below.legend(loc="upper left", bbox_to_anchor=(0, -0.28), ncols=3, borderaxespad=0, handlelength=1.6)
+        figure.legend(loc="outside lower left", ncols=3, handlelength=2)
         for axes in (above, below):
-            powers(axes, "x", radii[0] / 1.2, radii[-1] * 1.2)
+            powers(axes, "x", radii[0] / 1.2, max(first["radii"][-1], second["radii"][-1]) * 1.2)
         below.set_xlabel("distance r from the point")
         return figure
 
@@ -91,6 +95,7 @@ def _ratio(
     least, most = min([*low, 1 - 2 * tolerance]), max([*high, 1 + 2 * tolerance])
     if most > 3 * least:
         powers(axes, "y", least / 1.2, most * 1.2)
+        axes.yaxis.set_major_formatter("{x:g}")
     else:
         axes.set_ylim(least - 0.1 * (most - least), most + 0.1 * (most - least))
 

@@ -25,7 +25,8 @@ def profile_sentences(report: Mapping[str, Any]) -> Iterator[str]:
     if part.get("curvature_radius") is not None:
         yield f"Curvature shows beyond {radius_words(part['curvature_radius'], norm)}."
     if part.get("doubling_radius") is not None:
-        yield f"The loss can have changed by its own size at {radius_words(part['doubling_radius'], norm)}."
+        how = "doubled" if part["signs"][-1] > 0 else "changed by its own size"
+        yield f"The loss can have {how} at {radius_words(part['doubling_radius'], norm)}."
 
 
 def order_words(order: Mapping[str, Any] | None) -> str:

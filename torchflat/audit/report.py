@@ -28,7 +28,7 @@ from torchflat.audit.profile_words import profile_sentences
 from torchflat.errors import UsageError
 from torchflat.result import Status
 
-__all__ = ["Report", "schema"]
+__all__ = ["Report", "check", "footer_text", "schema", "table_lines", "wrapped", "write_whole"]
 
 WIDTH = 80
 BLOCKS_IN_TEXT = 12
@@ -70,20 +70,7 @@ class Report:
 
     def validate(self) -> Report:
         """Return the report itself, or raise :class:`~torchflat.errors.UsageError` naming what the schema refuses."""
-        import jsonschema
-
-        version = self.content.get("schema_version")
-        if version != "1":
-            raise UsageError(
-                f"the report has schema_version {version!r}, this torchflat reads '1': use the one it is from"
-            )
-        fault = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema()).iter_errors(self.content))
-        if fault is not None:
-            raise UsageError(f"not a torchflat report: {fault.json_path}: {shorten(fault.message, 160)}")
-        try:
-            self.to_json()
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"not a torchflat report: {error}; unknown and infinite numbers are null") from error
+        check(self.content, schema(), "report")
         for part, keys in _PARALLEL.items():
             lengths = {key: len(held) for key in keys if (held := self.content.get(part, {}).get(key)) is not None}
             if len(set(lengths.values())) > 1:
@@ -107,14 +94,14 @@ class Report:
             folder.mkdir(parents=True, exist_ok=True)
             if not force and (held := [name for name in ("report.json", "report.html") if (folder / name).exists()]):
                 raise UsageError(f"{folder} already holds {held[0]}: name another folder, or overwrite it with --force")
-            _write(folder / "report.json", self.to_json().encode())
+            write_whole(folder / "report.json", self.to_json().encode())
             pictures = {name: figures.png(figure) for name, figure in figures.draw(self.content).items()}
             for name in figures.FIGURES:
                 if name in pictures:
-                    _write(folder / f"{name}.png", pictures[name])
+                    write_whole(folder / f"{name}.png", pictures[name])
                 else:
                     (folder / f"{name}.png").unlink(missing_ok=True)  # of the report that is being replaced
-            _write(folder / "report.html", page.report_page(self.content, pictures).encode())
+            write_whole(folder / "report.html", page.report_page(self.content, pictures).encode())
         except OSError as error:
             raise UsageError(f"cannot write the report to {folder}: {error.strerror}; name another folder") from error
         return folder
@@ -145,7 +132,28 @@ def schema() -> dict[str, Any]:
     return content
 
 
-def _write(path: Path, data: bytes) -> None:
+def check(content: Mapping[str, Any], against: Mapping[str, Any], kind: str) -> None:
+    """Raise :class:`~torchflat.errors.UsageError` naming what the schema refuses, or what JSON cannot hold."""
+    import jsonschema
+    from referencing import Registry, Resource
+
+    version = content.get("schema_version")
+    if version != "1":
+        raise UsageError(f"the {kind} has schema_version {version!r}, this torchflat reads '1': use the one it is from")
+    # Other schemas refer to that of the report.
+    known = Registry().with_resource(schema()["$id"], Resource.from_contents(schema()))
+    validator = jsonschema.Draft202012Validator(against, registry=known)
+    fault = jsonschema.exceptions.best_match(validator.iter_errors(content))
+    if fault is not None:
+        raise UsageError(f"not a torchflat {kind}: {fault.json_path}: {shorten(fault.message, 160)}")
+    try:
+        json.dumps(content, allow_nan=False)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"not a torchflat {kind}: {error}; unknown and infinite numbers are null") from error
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that appears whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -165,7 +173,8 @@ def _pad(text: str, width: int, right: bool = False) -> str:
     return blank + text if right else text + blank
 
 
-def _wrap(text: str, mark: str) -> list[str]:
+def wrapped(text: str, mark: str) -> list[str]:
+    """Return the lines of a text that begins with a mark, in as many columns as a terminal has at least."""
     text = printable(text)
     # Where characters are two columns wide, half as many fit.
     width = WIDTH if columns(text) == len(text) else WIDTH // 2
@@ -186,7 +195,7 @@ def _header_text(report: Mapping[str, Any]) -> Iterator[str]:
     provenance, point = report["provenance"], report.get("point", {})
     checkpoint, data = provenance.get("checkpoint") or {}, provenance.get("data") or {}
     if report["status"] == "partial":
-        yield from _wrap("PARTIAL REPORT: the audit did not finish; what is missing has not run.", "!")
+        yield from wrapped("PARTIAL REPORT: the audit did not finish; what is missing has not run.", "!")
         yield ""
     rows = point.get("rows", data.get("rows"))
     facts: tuple[tuple[str, Any, Callable[[Any], str]], ...] = (
@@ -202,7 +211,7 @@ def _header_text(report: Mapping[str, Any]) -> Iterator[str]:
             yield f"{label:<12}{shorten(show(fact), WIDTH - 12)}"
 
 
-def _table(rows: Sequence[Sequence[str]], right: Sequence[int]) -> Iterator[str]:
+def table_lines(rows: Sequence[Sequence[str]], right: Sequence[int]) -> Iterator[str]:
     """Lay out rows (the first is the head) in columns; the first column gives way where 80 columns are not enough."""
     widths = [max(columns(row[column]) for row in rows) for column in range(len(rows[0]))]
     widths[0] = min(widths[0], WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1))
@@ -218,7 +227,7 @@ def _numbers_text(report: Mapping[str, Any]) -> Iterator[str]:
     ]
     if rows:
         yield ""
-        yield from _table([("", "value", "interval", "conf.", ""), *rows], right=(1, 3))
+        yield from table_lines([("", "value", "interval", "conf.", ""), *rows], right=(1, 3))
     sharpness = report.get("sharpness", {})
     if sharpness.get("largest_stable_step", ...) is None:
         yield "2/λ₁ stable step: none, because λ₁ is not positive"
@@ -226,7 +235,7 @@ def _numbers_text(report: Mapping[str, Any]) -> Iterator[str]:
     if fresh and fresh["lower"] is not None:
         interval = span(fresh["value"], fresh["lower"], fresh["upper"])[1]
         level = confidence(fresh["confidence"])
-        yield from _wrap(f"on fresh data of the same size: λ₁ in {interval} with {level}, to first order", "·")
+        yield from wrapped(f"on fresh data of the same size: λ₁ in {interval} with {level}, to first order", "·")
 
 
 def _measured(report: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], float | None, str]]:
@@ -264,7 +273,7 @@ def _blocks_text(report: Mapping[str, Any]) -> Iterator[str]:
     ]
     head = (f"block ({confidence(blocks['confidence'])})", "size", "λ₁", "interval", "share", "")
     yield ""
-    yield from _table([head, *rows], right=(1, 2, 4))
+    yield from table_lines([head, *rows], right=(1, 2, 4))
     if len(ranked) > len(rows):
         yield f"… and {count(len(ranked) - len(rows))} more blocks below these"
 
@@ -274,7 +283,7 @@ def _profile_text(report: Mapping[str, Any]) -> Iterator[str]:
     if sentences:
         yield ""
     for sentence in sentences:
-        yield from _wrap(sentence, "·")
+        yield from wrapped(sentence, "·")
 
 
 def _notes_text(report: Mapping[str, Any]) -> Iterator[str]:
@@ -282,7 +291,7 @@ def _notes_text(report: Mapping[str, Any]) -> Iterator[str]:
     if notes:
         yield ""
     for note in notes:
-        yield from _wrap(note, "!")
+        yield from wrapped(note, "!")
 
 
 def notes_of(report: Mapping[str, Any]) -> Iterator[str]:
@@ -294,7 +303,8 @@ def notes_of(report: Mapping[str, Any]) -> Iterator[str]:
     yield from report["provenance"].get("notes", ())
 
 
-def _footer_text(report: Mapping[str, Any]) -> Iterator[str]:
+def footer_text(report: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the last lines: what was spent, and with which versions."""
     yield ""
     cost, provenance = report.get("cost"), report["provenance"]
     if cost:
@@ -302,9 +312,9 @@ def _footer_text(report: Mapping[str, Any]) -> Iterator[str]:
             f"{count(cost['gradients'])} gradients ({count(cost['products'])} products), {duration(cost['seconds'])}"
         )
         peak = cost.get("peak_memory_bytes")
-        yield from _wrap(f"cost: {spent}" + ("" if peak is None else f", {memory(peak)} at the peak"), "·")
+        yield from wrapped(f"cost: {spent}" + ("" if peak is None else f", {memory(peak)} at the peak"), "·")
     if plan := plan_sentence(provenance.get("plan")):
-        yield from _wrap(f"plan: {plan}", "·")
+        yield from wrapped(f"plan: {plan}", "·")
     facts: Sequence[str | None] = (
         f"torchflat {provenance['torchflat']}",
         f"torch {provenance['torch']}",
@@ -314,7 +324,7 @@ def _footer_text(report: Mapping[str, Any]) -> Iterator[str]:
         f"{provenance['ops']} kernels" if provenance.get("ops") else None,
         f"{provenance['processes']} processes" if (provenance.get("processes") or 1) > 1 else None,
     )
-    yield from _wrap(", ".join(fact for fact in facts if fact), "·")
+    yield from wrapped(", ".join(fact for fact in facts if fact), "·")
 
 
 def plan_sentence(plan: Mapping[str, Any] | None) -> str:
@@ -333,4 +343,4 @@ def plan_sentence(plan: Mapping[str, Any] | None) -> str:
     return ", ".join(fact for fact in facts if fact)
 
 
-_TEXT_PARTS = (_header_text, _numbers_text, _blocks_text, _profile_text, _notes_text, _footer_text)
+_TEXT_PARTS = (_header_text, _numbers_text, _blocks_text, _profile_text, _notes_text, footer_text)
