@@ -142,8 +142,9 @@ def test_what_is_undecided_exits_with_4(place: Path, capsys: pytest.CaptureFixtu
     assert run("compare", "flat.safetensors", "off.safetensors", *task, *radii) == 4
     found = content("out")
     assert (found["verdict"], found["decided_by"], found["radii"][0]) == ("UNDECIDED", None, 1e-6)
-    printed = capsys.readouterr().out
-    assert printed.startswith("what was found does not decide\n") and "rise above the gradient" in printed
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.startswith("what was found does not decide · Undecided: at no radius")
+    assert "rise above the gradient" in printed
     assert "! the loss is 0 at A and 0.02 at B" in printed
     assert Path("out/compare.html").exists()
 
@@ -220,32 +221,104 @@ def test_help_names_the_command_and_its_exit_code(place: Path, capsys: pytest.Ca
 
 
 @pytest.fixture(scope="module")
-def report() -> ComparisonReport:
+def found(tmp_path_factory: pytest.TempPathFactory) -> ComparisonReport:
     """A small network with a gradient, on enough rows to tell the chance in them, against a sharper copy of itself."""
     random = torch.Generator().manual_seed(0)
     X = torch.randn(80, 2, generator=random, dtype=torch.float64)
     Y = X.abs().sum(1, keepdim=True)
-    folder = Path(os.environ.get("PYTEST_TMPDIR", ".")) if False else None
-    assert folder is None
 
     def model() -> nn.Module:
         return nn.Sequential(nn.Linear(2, 3, bias=False), nn.ReLU(), nn.Linear(3, 1, bias=False)).double()
 
-    import tempfile
+    first = torch.tensor([[1.0, 0.2], [-0.3, 1.0], [-1.0, -0.8]]).double()
+    second = torch.tensor([[0.9, 1.1, 0.8]]).double()
+    files = [tmp_path_factory.mktemp("checkpoints") / name for name in ("a.safetensors", "b.safetensors")]
+    for file, scale in zip(files, (1, 8), strict=True):
+        save_file({"0.weight": first * scale, "2.weight": second / scale}, file)
+    told: list[str] = []
+    report = compare_checkpoints(
+        torchflat.Task(model, nn.functional.mse_loss, (X, Y), name="absolute values"),
+        *files,
+        gradients=300,
+        progress=lambda part, line, fraction: told.append(part),
+    )
+    assert set(told) == {"A", "B"}
+    return report
 
-    with tempfile.TemporaryDirectory() as place:
-        weights = {
-            "0.weight": torch.tensor([[1.0, 0.2], [-0.3, 1.0], [-1.0, -0.8]]).double(),
-            "2.weight": torch.tensor([[0.9, 1.1, 0.8]]).double(),
-        }
-        save_file(weights, f"{place}/a.safetensors")
-        weights = {name: value.clone() for name, value in weights.items()}
-        weights["0.weight"] *= 8
-        weights["2.weight"] /= 8
-        save_file(weights, f"{place}/b.safetensors")
-        return compare_checkpoints(
-            torchflat.Task(model, nn.functional.mse_loss, (X, Y), name="absolute values"),
-            f"{place}/a.safetensors",
-            f"{place}/b.safetensors",
-            gradients=400,
-        )
+
+def test_a_network_with_a_gradient_is_told_from_its_sharper_copy(found: ComparisonReport) -> None:
+    said = found.content
+    assert said["first"]["variation"]["level"] == pytest.approx(said["second"]["variation"]["level"], rel=1e-12)
+    assert said["first"]["variation"]["gradient_norm"] > 0
+    assert any(said["sampled"])
+    # The slope in the direction of the first layer is eight times as large, that of the second an eighth.
+    assert said["verdict_limit"] == "FLATTER"
+    assert said["verdict"] in ("FLATTER", "UNDECIDED")
+
+
+def test_the_schema_is_sound_and_refuses_what_is_no_comparison(found: ComparisonReport) -> None:
+    import jsonschema
+
+    jsonschema.Draft202012Validator.check_schema(comparison_schema())
+    for change, needle in (
+        ({"verdict": "MAYBE"}, "verdict"),
+        ({"schema_version": "2"}, "schema_version"),
+        ({"differences": [float("nan")]}, "null"),
+        ({"first": {**found.content["first"], "variation": {}}}, "first.variation"),
+        ({"extra": 1}, "extra"),
+    ):
+        with pytest.raises(UsageError, match="comparison") as caught:
+            ComparisonReport({**found.content, **change}).validate()
+        assert needle in str(caught.value)
+
+
+def test_the_figure_has_both_profiles_their_ratio_and_the_tolerance(found: ComparisonReport) -> None:
+    figure = comparison(found.content)
+    assert figure is not None
+    above, below = figure.axes
+    lines = {str(line.get_label()): list(line.get_ydata()) for line in above.get_lines()}
+    first, second = (found.content[side]["variation"]["values"] for side in ("first", "second"))
+    assert lines["A: largest change within r"] == first
+    assert lines["B: largest change within r"] == second
+    ratio = list(below.get_lines()[-1].get_ydata())
+    assert ratio == pytest.approx([a / b for a, b in zip(first, second, strict=False)])
+    assert below.get_xlim() == above.get_xlim()
+    low, high = (patch.get_extents() for patch in below.patches[:1] * 2)
+    assert low.height > 0 and high.width > 0
+
+
+def test_a_profile_that_no_scale_can_show_is_not_drawn(found: ComparisonReport, tmp_path: Path) -> None:
+    broken = copy.deepcopy(dict(found.content))
+    broken["first"]["variation"].update(
+        {key: [] for key in ("radii", "values", "slopes", "signs", "floor", "accuracy")}
+    )
+    broken.update(radii=[], differences=[], errors=[], sampled=[], radius=None, decided_by=None, verdict="UNDECIDED")
+    assert comparison(broken) is None
+    ComparisonReport(broken).save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"compare.json", "compare.html"}
+    with pytest.raises(UsageError, match="--force"):
+        found.save(tmp_path)
+    found.save(tmp_path, force=True)
+    assert (tmp_path / "profiles.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_hostile_names_are_escaped_and_fit_the_terminal(found: ComparisonReport) -> None:
+    hostile = copy.deepcopy(dict(found.content))
+    name = '"><script>alert(1)</script>' + "ＡＢＣ" * 40
+    hostile["first"]["checkpoint"]["path"] = hostile["provenance"]["task"] = name
+    hostile["cautions"] = [name]
+    page = comparison_page(hostile, None)
+    assert "<script" not in page and "alert(1)" in page
+    lines = ComparisonReport(hostile).validate().text().splitlines()
+    assert max(sum(2 if character in "ＡＢＣ" else 1 for character in line) for line in lines) <= 80
+
+
+def test_words_name_the_points() -> None:
+    assert [verdict_words(verdict.name) for verdict in Verdict] == [
+        "A is flatter than B",
+        "A is sharper than B",
+        "A and B are equally flat, within the tolerance",
+        "what was found does not decide",
+    ]
+    said = "the loss is 1 at the first point and 2 at the second"
+    assert named(said) == "the loss is 1 at A and 2 at B"

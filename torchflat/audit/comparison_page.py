@@ -15,8 +15,8 @@ __all__ = ["comparison_page"]
 
 _MEANING = (
     "<p>The profile of a point is the largest change of the loss within a distance r, whatever the direction. The "
-    "flatter point has the lower profile. At a point with a gradient every profile begins as |∇f|·r, which says little about "
-    "flatness: so the profiles are compared where both exceed twice that, unless both points are critical.</p>"
+    "flatter point has the lower profile. At a point with a gradient every profile begins as |∇f|·r, which says little "
+    "about flatness: so the profiles are compared where both exceed twice that, unless both points are critical.</p>"
 )
 
 
