@@ -130,10 +130,16 @@ def side_rows(content: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     yield row("loss", [number(point["level"]) for point in points])
     yield row("|gradient|", [number(point["gradient_norm"]) for point in points])
     orders = [point["order"] for point in points]
-    yield row("order", [number(order["p"]["value"], 3) if order else "–" for order in orders])
+    yield row("order", [_order(order) for order in orders])
     yield row("modulus", [number(order["modulus"]["value"]) if order else "–" for order in orders])
     yield row("change within r", [order_words(order) or "–" for order in orders])
     yield row("loss doubles at", [_doubling(side) for side in sides])
+
+
+def _order(order: Mapping[str, Any] | None) -> str:
+    if order is None or order["p"]["value"] is None:
+        return "–"
+    return f"{order['p']['value']:.3g}" + ("" if order["exact"] else " or so")
 
 
 def _doubling(side: Mapping[str, Any]) -> str:

@@ -39,7 +39,7 @@ def profile(report: Mapping[str, Any]) -> Figure:
         floors = [low for low in part["floor"] if low]
         powers(axes, "x", radii[0] / 1.2, radii[-1] * 1.2)
         powers(axes, "y", max(min(floors, default=0) / 2, DEEPEST * values[0]), 2 * values[-1])
-        figure.legend(loc="outside lower left", ncols=2, handlelength=2)
+        figure.legend(loc="outside lower left", ncols=3, handlelength=2)
         return figure
 
 

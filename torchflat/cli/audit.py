@@ -32,7 +32,7 @@ GATE_TRIPPED, INCONCLUSIVE, INTERRUPTED = 1, 4, 130
 
 @dataclasses.dataclass(frozen=True)
 class Audit:
-    """Measure how sharp a checkpoint is: λ₁ with its interval, eigenvalues, trace, density, and every block.
+    """Measure how sharp a checkpoint is: λ₁ with its interval, the spectrum, every block, and the flatness profile.
 
     With no checkpoint and no task, the small trained network that ships with torchflat is audited on the digits that
     ship with it. A folder of checkpoints is audited as a trajectory. --task imports and runs the code it names.
