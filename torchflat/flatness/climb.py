@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +19,13 @@ DEPTH = 4
 # Halvings of a step that does not rise, before a kink is suspected.
 HALVINGS = 6
 # A kink is looked at in balls that shrink by this factor, from this share of the radius on.
-SHRINK, WIDEST, NARROWEST = 0.2, 0.05, 1e-14
+SHRINK, WIDEST = 0.2, 0.05
 # Gains below this share of the value are not sought on kinks, and below the second the climb counts as settled.
-KINK_TOLERANCE, KINK_SETTLED = 1e-9, 1e-6
+KINK_TOLERANCE, KINK_SETTLED = 1e-10, 1e-6
+# A mixture of gradients this short, relative to the steepest of them, leads nowhere.
+FLAT = 1e-6
+# After so many shortened steps in a row, a kink is suspected.
+ZIGZAG = 3
 LARGEST_BUNDLE = 12
 # The linear model promises too little where eigenvalues crowd: without a step that shows it, only so much is trusted.
 SURE = 0.03
@@ -28,6 +33,8 @@ SURE = 0.03
 UNSETTLED = 0.1
 # After so many gradients, a climb that is below this share of what is known elsewhere is given up.
 PATIENCE, HOPE = 10, 0.5
+# Offsets at this cosine from a higher peak lead there.
+JOINED = 0.99999
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,15 +67,22 @@ class Climb:
     convex combination of the gradients seen nearby, tangential to the ball, is a way up for all of them, or proof that
     there is none (bundle method; Kiwiel 1985, Burke, Lewis and Overton 2005).
 
-    Gains below ``tolerance`` times what is ``known`` to be reached on this ball do not matter. Every gradient counts
-    against ``limit``.
+    Gains below ``tolerance`` times what is ``known`` to be reached on this ball do not matter, and a climb that joins
+    one of the peaks ``reached`` before ends. Every gradient counts against ``limit``.
     """
 
     def __init__(
-        self, surface: Surface, radius: float, sign: float, tolerance: float, limit: int, known: float = 0.0
+        self,
+        surface: Surface,
+        radius: float,
+        sign: float,
+        tolerance: float,
+        limit: int,
+        known: float = 0.0,
+        reached: Sequence[Peak] = (),
     ) -> None:
         self.surface, self.radius, self.sign = surface, radius, sign
-        self.tolerance, self.known = tolerance, known
+        self.tolerance, self.known, self.reached = tolerance, known, reached
         self.left, self._limit = limit, limit
 
     @property
@@ -78,7 +92,7 @@ class Climb:
 
     def from_(self, start: Place) -> Peak:
         """Climb until the gain of a step, and what the linear model promises of the next, are within the tolerance."""
-        place, gain = start, math.inf
+        place, gain, shortened = start, math.inf, 0
         earlier: list[tuple[Tensor, Tensor]] = []
         while self.left > 0:
             slope = place.slope
@@ -91,20 +105,22 @@ class Climb:
                 return Peak(place, self.sign, True, slope, self.tolerance)
             earlier = [*earlier[-DEPTH:], (place.offset, target)]
             higher = self._step(place, target, earlier)
+            shortened = 0 if higher is not None else shortened + 1
             if higher is None:
                 earlier = []
                 higher = self._shorter(place, target, enough)
             if higher is None and promised <= enough:
                 return Peak(place, self.sign, True, slope, self.tolerance)
-            if higher is None:
-                return self._over_kinks(place)
+            if higher is None or shortened == ZIGZAG:
+                return self._over_kinks(higher or place)
             gain = self.sign * (higher.change - place.change)
             place = higher
         return Peak(place, self.sign, False, place.slope, UNSETTLED)
 
     def _hopeless(self, place: Place) -> bool:
-        """Whether so many steps have led to so little that what is known elsewhere will not be reached."""
-        return self.taken >= PATIENCE and self._rise(place) < HOPE * self.known
+        """Whether the climb leads to where another one ended, or many steps have led to too little."""
+        joined = any(p.rise >= self._rise(place) and p.place.cosine(place) > JOINED for p in self.reached)
+        return joined or (self.taken >= PATIENCE and self._rise(place) < HOPE * self.known)
 
     def _step(self, place: Place, target: Tensor, earlier: list[tuple[Tensor, Tensor]]) -> Place | None:
         if len(earlier) > 1:
@@ -131,14 +147,22 @@ class Climb:
         return None
 
     def _over_kinks(self, place: Place) -> Peak:
-        width, bundle, slope, promised = WIDEST * self.radius, [place], place.slope, math.inf
-        enough = max(self.tolerance, KINK_TOLERANCE)
-        while self.left > 0 and width > NARROWEST * self.radius and not self._hopeless(place):
-            near = [each for each in bundle if _apart(each, place) <= width][-LARGEST_BUNDLE:]
+        width, bundle, steepest, slope = WIDEST * self.radius, [place], place.slope, place.slope
+
+        def left() -> float:
+            """Bound what a kink within the width can hide, as steep as what was seen, relative to what is known."""
+            return steepest * width / (max(abs(place.change), self.known) or math.inf)
+
+        while self.left > 0 and left() > KINK_TOLERANCE and not self._hopeless(place):
+            # A step of this width, once it is on the sphere, ends a little off it.
+            near = [each for each in bundle if _apart(each, place) <= 1.5 * width][-LARGEST_BUNDLE:]
+            steepest = max(each.slope for each in near)
             uphill, radial = self._common_direction(place, near)
-            size, slope = float(ops.norm([uphill])), math.hypot(radial, float(ops.norm([uphill])))
-            trial, promised = None, size * width
-            if promised > enough * max(abs(place.change), self.known):
+            size = float(ops.norm([uphill]))
+            if len(near) > 1:
+                slope = math.hypot(radial, size)
+            trial = None
+            if size > FLAT * steepest:
                 trial = self._place(self._kept_inside(place.offset + uphill * (width / size)))
             if trial is None:
                 width *= SHRINK
@@ -150,8 +174,7 @@ class Climb:
                 place = trial
             elif not news or len(near) == LARGEST_BUNDLE:
                 width *= SHRINK
-        left = promised / (max(abs(place.change), self.known) or 1.0)
-        return Peak(place, self.sign, left <= KINK_SETTLED, slope, max(left, KINK_TOLERANCE))
+        return Peak(place, self.sign, left() <= KINK_SETTLED, slope, max(left(), KINK_TOLERANCE))
 
     def _common_direction(self, place: Place, near: list[Place]) -> tuple[Tensor, float]:
         """Shortest convex combination of the gradients, each without its part along u where u is on the sphere.

@@ -13,6 +13,8 @@ __all__ = ["geometric", "ladder"]
 
 # Where the loss has no size of its own (it is zero), the ladder ends at this share of |x|.
 REACH = 0.25
+# Distance, in roundings of |x|, within which x may be taken to lie.
+ROUNDINGS = 10.0
 # Looks for either end.
 LOOKS = 12
 
@@ -26,12 +28,15 @@ def ladder(surface: Surface, model: QuadraticModel, count: int, clearance: float
     """
     size = surface.size or 1.0
     noise, level = surface.noise(surface.x), abs(surface.level)
-    far = _reaching(surface, model, level, size) if level > clearance * noise else REACH * size
+    smallest = steps * surface.eps * size
+    # A loss that some roundings of x would make is zero, whatever one draw of them shows.
+    rounded, _ = _highest(surface, model, ROUNDINGS * surface.eps * size)
+    far = _reaching(surface, model, level, size) if level > clearance * max(noise, rounded) else REACH * size
     for _ in range(LOOKS):
         if not math.isnan(_highest(surface, model, far)[0]):
             break
         far /= 4
-    smallest, near = steps * surface.eps * size, far
+    near = far
     for _ in range(LOOKS):
         lower = max(near / 10, smallest)
         height, offset = _highest(surface, model, lower)
@@ -73,7 +78,7 @@ def _reaching(surface: Surface, model: QuadraticModel, level: float, size: float
 
 def _highest(surface: Surface, model: QuadraticModel, radius: float) -> tuple[float, Tensor]:
     """Return the largest change among the maximisers of the model, NaN if it is not finite, and its offset."""
-    offsets = model.maximisers(radius, 1.0)
+    offsets = [offset for sign in (1.0, -1.0) for offset in model.maximisers(radius, sign)[:1]]
     heights = [abs(surface.change(offset, radius)) for offset in offsets]
     best = max(range(len(heights)), key=lambda i: math.inf if math.isnan(heights[i]) else heights[i])
     return heights[best], offsets[best]

@@ -49,7 +49,7 @@ class QuadraticModel:
 
     def _offset(self, coefficients: Tensor) -> Tensor:
         size = float(torch.linalg.vector_norm(coefficients))
-        return self.krylov.vectors(coefficients[:, None])[0] * size
+        return self.krylov.vectors(coefficients[:, None])[0] * size if size else torch.zeros_like(self._surface.x)
 
 
 def ball_maximiser(values: Tensor, slopes: Tensor, radius: float) -> Tensor:

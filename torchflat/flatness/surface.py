@@ -91,7 +91,7 @@ class Surface:
         near = self.f.at(self._moved(self.x)).gradient()
         if self.slope <= CLEAR * float(ops.norm([near - self.gradient])):
             return True
-        radius = max(CLEAR * self.noise(self.x) / self.slope, CLEAR * self.eps * self.size)
+        radius = max(CLEAR * self.noise(self.x) / self.slope, CLEAR * self.eps * (self.size or 1.0))
         fall = -self.change(self.gradient * (-radius / self.slope), radius)
         return fall < 0.1 * self.slope * radius
 

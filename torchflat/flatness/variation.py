@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,9 @@ __all__ = ["Search", "Variation", "checked", "variation"]
 # Up to so many parameters a search may cost thousands of gradients, and takes many starts.
 SMALL = 1000
 SMALL_BUDGET, BUDGET = 20_000.0, 100.0
+# Gains that are not climbed for, and how far below the peak that may leave a value where eigenvalues crowd.
 TIGHT, LOOSE = 1e-12, 1e-3
+SURE, FAIR = 1e-9, 5e-3
 SMALL_RADII, RADII = 25, 8
 # How many roundings of f, and of x, the smallest radius keeps away from.
 SMALL_CLEARANCE, CLEARANCE = (1e4, 1e4), (1e2, 1e2)
@@ -36,7 +39,7 @@ RANDOM_STARTS = 6
 # Differences of gradients from which the quadratic model is made.
 MODEL_STEPS = 12
 # Gradients that one climb may take.
-LONGEST_CLIMB = 60
+LONGEST_CLIMB = 100
 # Starts closer than this are the same.
 SAME = 0.9999
 # Vectors of the length of x that a search holds at its peak, besides the model's.
@@ -125,7 +128,8 @@ class Search:
     ) -> None:
         self.f, self.before, self.callback = f, f.cost, callback
         self.small = f.n <= SMALL
-        self.tolerance = TIGHT if self.small and f.dtype == torch.float64 else LOOSE
+        tight = self.small and f.dtype == torch.float64
+        self.tolerance, self.accuracy = (TIGHT, SURE) if tight else (LOOSE, FAIR)
         self.budget = budget if budget is not None else SMALL_BUDGET if self.small else BUDGET
         self.surface = Surface(f)
         self.random = torch.Generator().manual_seed(seed)
@@ -225,7 +229,8 @@ class Search:
         for place in places:
             if peaks and not (self._affordable() and (self.small or abs(place.change) > self.branches[1] * known)):
                 break
-            climb = Climb(self.surface, radius, math.copysign(1.0, place.change), self.tolerance, LONGEST_CLIMB, known)
+            sign = math.copysign(1.0, place.change)
+            climb = Climb(self.surface, radius, sign, self.tolerance, LONGEST_CLIMB, known, peaks)
             peaks.append(climb.from_(place))
             known = max(known, peaks[-1].rise)
         return peaks
@@ -235,7 +240,7 @@ class Search:
         slopes = [peak.slope if peak.place.distance > 0.999 * r else 0.0 for peak, r in zip(best, radii, strict=True)]
         floor = [self.surface.noise(peak.place.point) for peak in best]
         disagreements = _disagreements(radii, values, slopes, floor)
-        accuracy = tuple(max(self.tolerance, peak.accuracy) for peak in best)
+        accuracy = tuple(max(self.accuracy, peak.accuracy) for peak in best)
         unsure = [low + share * value for low, share, value in zip(floor, accuracy, values, strict=True)]
         return Variation(
             radii=tuple(radii),
@@ -250,15 +255,17 @@ class Search:
             gradient_norm=self.surface.slope,
             critical=self.surface.critical(),
             unbounded=self.surface.unbounded,
-            status=self._status(best, disagreements, complete),
+            status=self._status(best, disagreements, complete, any(map(operator.le, values, floor))),
             points=tuple(peak.place.point for peak in best),
             cost=self.f.cost - self.before,
             provenance=self.f.provenance(),
         )
 
-    def _status(self, best: list[Peak], disagreements: Sequence[float], complete: bool) -> Status:
+    def _status(self, best: list[Peak], disagreements: Sequence[float], complete: bool, drowned: bool) -> Status:
         if not complete:
             return Status.TRUNCATED if self._affordable() else Status.BUDGET
+        if drowned:
+            return Status.ROUNDING_LIMITED
         if max(disagreements, default=0.0) > AGREEMENT or not all(peak.settled for peak in best):
             return Status.INCONSISTENT
         return Status.CONVERGED
@@ -279,16 +286,19 @@ def checked(radii: Sequence[float] | Tensor) -> list[float]:
 def _disagreements(
     radii: Sequence[float], values: Sequence[float], slopes: Sequence[float], floor: Sequence[float]
 ) -> tuple[float, ...]:
-    """|log(v₂/v₁) − (p₁ + p₂)/2·log(r₂/r₁)| between neighbours, where p = r·slope/v is the local exponent."""
+    """How far log f° grows, from each radius to the next, outside what the local exponents p = r·slope/f° allow.
+
+    Growth is ∫ p d log r, so that it lies between the smaller and the larger p, where p does not turn in between.
+    """
     found = []
     for i in range(len(radii) - 1):
-        if values[i] <= 0:
-            found.append(math.inf)
+        if values[i] <= floor[i]:
+            found.append(0.0)
             continue
-        steps = [radii[j] * slopes[j] / values[j] for j in (i, i + 1)]
-        grown = math.log(values[i + 1] / values[i])
+        exponents = [radii[j] * slopes[j] / values[j] for j in (i, i + 1)]
+        grown, step = math.log(values[i + 1] / values[i]), math.log(radii[i + 1] / radii[i])
         noise = floor[i] / values[i] + floor[i + 1] / values[i + 1]
-        found.append(max(0.0, abs(grown - sum(steps) / 2 * math.log(radii[i + 1] / radii[i])) - noise))
+        found.append(max(0.0, grown - max(exponents) * step - noise, min(exponents) * step - grown - noise))
     return tuple(found)
 
 

@@ -108,7 +108,8 @@ class Krylov:
         _, norm = self._basis.orthogonalise(vector)
         vector /= norm
         self.share = 1.0
-        if start is not None:
+        # In one dimension every start is the same, and two of them may cancel.
+        if start is not None and self.dimension > 1:
             vector.mul_(fresh).add_(start)
             _, norm = self._basis.orthogonalise(vector)
             vector /= norm

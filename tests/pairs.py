@@ -1,0 +1,178 @@
+"""Random pairs of points at zero loss, of which the theory says which is flatter, and counts of what compare() says."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from torchflat import Objective, Verdict, compare
+from torchflat.problems.deep_linear import DeepLinear
+from torchflat.problems.factorisation import Factorisation
+from torchflat.problems.residual import Monomial
+from torchflat.problems.samplers import mixed
+
+KINDS = ("factorisation", "deep linear", "monomial", "ReLU network")
+# How far apart: by an orthogonal change of variables, which changes nothing; within about 1 %; and far.
+GAPS = ("equal", "near", "far")
+SIZES = {"near": 3e-3, "far": 0.4}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two objectives and their λ₁, from formulas or dense matrices; ``equal`` where a symmetry of f° connects them."""
+
+    kind: str
+    gap: str
+    first: Objective
+    second: Objective
+    sharpness: tuple[float, float]
+
+    @property
+    def truth(self) -> Verdict:
+        """At zero residual f°(x, r) = λ₁r²/2 + o(r²), so that λ₁ decides unless it is the same."""
+        if self.gap == "equal":
+            return Verdict.EQUIVALENT
+        return Verdict.FLATTER if self.sharpness[0] < self.sharpness[1] else Verdict.SHARPER
+
+    @property
+    def difference(self) -> float:
+        """Of the two λ₁, relative to the larger."""
+        return abs(self.sharpness[0] - self.sharpness[1]) / max(self.sharpness)
+
+
+def pairs(seed: int, count: int) -> Iterator[Pair]:
+    """Draw so many pairs, of all kinds and gaps in turn."""
+    streams = np.random.default_rng(seed)
+    for i in range(count):
+        source = torch.Generator().manual_seed(int(streams.integers(2**62)))
+        kind, gap = KINDS[i % len(KINDS)], GAPS[i // len(KINDS) % len(GAPS)]
+        yield MAKERS[kind](source, gap)
+
+
+def _normal(*shape: int, source: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=source, dtype=torch.float64)
+
+
+def _rotation(size: int, source: torch.Generator) -> Tensor:
+    q: Tensor = torch.linalg.qr(_normal(size, size, source=source)).Q
+    return q
+
+
+def _change(size: int, gap: str, source: torch.Generator) -> Tensor:
+    """An orthogonal matrix, or one plus a random matrix of the size of the gap."""
+    if gap == "equal":
+        return _rotation(size, source)
+    return torch.eye(size, dtype=torch.float64) + SIZES[gap] * _normal(size, size, source=source) / size**0.5
+
+
+def _factorisation(source: torch.Generator, gap: str) -> Pair:
+    rows, rank, columns = (int(torch.randint(2, 6, (), generator=source)) for _ in range(3))
+    X, Y = _normal(rows, rank, source=source), _normal(rank, columns, source=source)
+    g = _change(rank, gap, source)
+    both = Factorisation(X, Y), Factorisation(X @ g, torch.linalg.solve(g, Y))
+    return _of_one_function("factorisation", gap, *both)
+
+
+def _deep_linear(source: torch.Generator, gap: str) -> Pair:
+    depth, width = int(torch.randint(2, 4, (), generator=source)), int(torch.randint(2, 5, (), generator=source))
+    sizes = [3, *(width for _ in range(depth - 1)), 2]
+    weights = tuple(_normal(b, a, source=source) / a**0.5 for a, b in itertools.pairwise(sizes))
+    inputs = _normal(12, 3, source=source)
+    if gap == "equal":
+        q = _rotation(width, source)
+        other = (q @ weights[0], weights[1] @ q.T, *weights[2:])
+    else:
+        other = mixed(weights, SIZES[gap] / width**0.5, source)
+    return _of_one_function("deep linear", gap, DeepLinear(weights, inputs), DeepLinear(other, inputs))
+
+
+def _monomial(source: torch.Generator, gap: str) -> Pair:
+    exponents = tuple(int(each) for each in torch.randint(1, 4, (3,), generator=source))
+    logs = 0.4 * _normal(3, source=source)
+    powers = torch.tensor(exponents, dtype=torch.float64)
+
+    def on_level(logs: Tensor) -> Monomial:
+        return Monomial(tuple((logs - powers * (logs @ powers) / (powers @ powers)).exp().tolist()), exponents)
+
+    first = on_level(logs)
+    if gap == "equal":
+        flip = [i for i, exponent in enumerate(exponents) if exponent % 2 == 0]
+        point = list(first.point)
+        odd = [i for i in range(3) if i not in flip]
+        for i in flip or odd[:2] if len(odd) > 1 else flip:
+            point[i] = -point[i]
+        return _of_one_function("monomial", gap, first, Monomial(tuple(point), exponents))
+    return _of_one_function("monomial", gap, first, on_level(logs + SIZES[gap] * _normal(3, source=source)))
+
+
+def _network(source: torch.Generator, gap: str) -> Pair:
+    """A ReLU network that made its own targets, and the same function with its hidden neurons rescaled, or permuted."""
+    model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)).double()
+    inputs = _normal(16, 3, source=source)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(_normal(*parameter.shape, source=source) / 3**0.5)
+        f = Objective(model, nn.functional.mse_loss, (inputs, model(inputs)))
+    w1, b1, w2, b2 = f.layout.split(f.x)
+    if gap == "equal":
+        order = torch.randperm(5, generator=source)
+        moved = [w1[order], b1[order], w2[:, order], b2]
+    else:
+        scale = (SIZES[gap] * _normal(5, source=source)).exp()
+        moved = [scale[:, None] * w1, scale * b1, w2 / scale, b2]
+    g = f.at(f.layout.flatten(moved))
+    return Pair("ReLU network", gap, f, g, (_dense(f), _dense(g)))
+
+
+def _dense(f: Objective) -> float:
+    return float(torch.linalg.eigvalsh(f.hvp(torch.eye(f.n, dtype=torch.float64)))[-1])
+
+
+def _of_one_function(kind: str, gap: str, first: object, second: object) -> Pair:
+    f, x = first.objective(), second.objective().x  # type: ignore[attr-defined]
+    return Pair(kind, gap, f, f.at(x), (first.sharpness(), second.sharpness()))  # type: ignore[attr-defined]
+
+
+MAKERS: dict[str, Callable[[torch.Generator, str], Pair]] = {
+    "factorisation": _factorisation,
+    "deep linear": _deep_linear,
+    "monomial": _monomial,
+    "ReLU network": _network,
+}
+
+
+@dataclass
+class Tally:
+    """What compare() said of many pairs. ``wrong`` names strict verdicts that do not hold."""
+
+    said: collections.Counter[str]
+    wrong: list[str]
+    not_mirrored: list[str]
+    clear: int = 0
+    clear_undecided: int = 0
+
+
+def tally(drawn: Iterable[Pair], mirror: bool = True) -> Tally:
+    """Compare each pair, in both orders, and count."""
+    result = Tally(collections.Counter(), [], [])
+    for i, pair in enumerate(drawn):
+        name = f"{i}: {pair.kind}, {pair.gap}, λ₁ {pair.sharpness[0]:.9g} and {pair.sharpness[1]:.9g}"
+        answer = compare(pair.first, pair.second)
+        verdict = answer.verdict
+        result.said[f"{pair.gap}: {verdict.name}"] += 1
+        if verdict in (Verdict.FLATTER, Verdict.SHARPER) and verdict is not pair.truth:
+            result.wrong.append(f"{name}: {verdict.name} by {answer.decided_by}")
+        if verdict is Verdict.EQUIVALENT and pair.difference > answer.tolerance:
+            result.wrong.append(f"{name}: EQUIVALENT")
+        if pair.difference > 0.05:
+            result.clear += 1
+            result.clear_undecided += verdict is Verdict.UNDECIDED
+        if mirror and compare(pair.second, pair.first).verdict is not verdict.mirrored:
+            result.not_mirrored.append(name)
+    return result
