@@ -80,7 +80,7 @@ def test_known_answer_in_every_output(place: Path, capsys: pytest.CaptureFixture
     # Beyond 2|∇f|/λ₁ curvature outweighs the gradient, and all values lie between the two quadratics.
     profile = content["variation"]
     assert profile["curvature_radius"] == pytest.approx(2 * (2**2 + 16**2) ** 0.5 / 8, rel=1e-5)
-    assert profile["order"]["p"]["value"] == 1
+    assert profile["order"]["p"]["value"] == pytest.approx(1, abs=0.02)
     for radius, value in zip(profile["radii"], profile["values"], strict=True):
         slope = (2**2 + 16**2) ** 0.5 * radius
         assert 0.99 * (slope + radius**2) <= value <= 1.01 * (slope + 4 * radius**2)
