@@ -77,9 +77,26 @@ def test_known_answer_in_every_output(place: Path, capsys: pytest.CaptureFixture
     # f = mean (√2·1)², (√8·2)² = (2 + 32)/2, and ∇f = H x.
     assert content["point"]["loss"] == pytest.approx(17, rel=1e-5)
     assert content["point"]["gradient_norm"] == pytest.approx((2**2 + 16**2) ** 0.5, rel=1e-5)
+    # Beyond 2|∇f|/λ₁ curvature outweighs the gradient, and all values lie between the two quadratics.
+    profile = content["variation"]
+    assert profile["curvature_radius"] == pytest.approx(2 * (2**2 + 16**2) ** 0.5 / 8, rel=1e-5)
+    assert profile["order"]["p"]["value"] == pytest.approx(1, abs=0.02)
+    for radius, value in zip(profile["radii"], profile["values"], strict=True):
+        slope = (2**2 + 16**2) ** 0.5 * radius
+        assert 0.99 * (slope + radius**2) <= value <= 1.01 * (slope + 4 * radius**2)
+    near, far = ((2**2 + 16**2) ** 0.5 * r + c * r * r for r, c in ((profile["doubling_radius"], c) for c in (1, 4)))
+    assert near <= 1.01 * 17 and far >= 0.99 * 17
     assert json.loads(Path("copy.json").read_text()) == json.loads(Path("out/report.json").read_text())
     names = {path.name for path in Path("out").iterdir()}
-    assert names >= {"report.json", "report.html", "density.png", "blocks.png", "convergence.png", "eigenvalues.png"}
+    assert names >= {
+        "report.json",
+        "report.html",
+        "density.png",
+        "blocks.png",
+        "convergence.png",
+        "eigenvalues.png",
+        "profile.png",
+    }
     printed = capsys.readouterr().out
     assert all(len(line) <= 80 for line in printed.splitlines())
     provenance = content["provenance"]
@@ -91,7 +108,7 @@ def test_the_report_is_the_same_twice(place: Path) -> None:
     for folder in ("a", "b"):
         assert run("audit", "line.safetensors", "--task", "task.py", "-o", folder, "--seed", 3) == 0
     first, second = (Report.load(folder).content for folder in ("a", "b"))
-    for part in ("point", "eigenvalues", "trace", "density", "blocks"):
+    for part in ("point", "eigenvalues", "trace", "density", "blocks", "variation"):
         # Seconds differ, and nothing else does.
         assert _without_cost(first[part]) == _without_cost(second[part])
 
@@ -134,6 +151,8 @@ def test_nothing_is_overwritten_without_force(place: Path, capsys: pytest.Captur
     ("sharpness.value > 8.0000001", 4),
     ("sharpness.value > 9 or trace.value > 9", 1),
     ("sharpness.value > 9 and trace.value > 9", 0),
+    ("variation.curvature_radius > 0 and variation.order.p.value > 0.9", 1),
+    ("variation.values[0] > 1e3 or variation.order.p.upper > 1.1", 0),
 ])  # fmt: skip
 def test_gates_decide_the_exit_code(place: Path, gate: str, code: int) -> None:
     assert run("audit", "--task", "task.py", "-o", "out", "--fail-on", gate) == code
@@ -297,7 +316,7 @@ def test_interruption_leaves_a_partial_report_that_resumes(place: Path, capsys: 
     assert resumed["point"] == content["point"]
     assert run("audit", "m.safetensors", "--task", address, *common, "fresh") == 0
     fresh = Report.load("fresh").content
-    for part in ("eigenvalues", "trace", "density", "blocks"):
+    for part in ("eigenvalues", "trace", "density", "blocks", "variation"):
         assert _without_cost(fresh[part]) == _without_cost(resumed[part])
 
 

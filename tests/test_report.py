@@ -22,7 +22,9 @@ from hypothesis import strategies as st
 
 from torchflat.audit import figures, page
 from torchflat.audit import report as report_module
-from torchflat.audit.report import Report, confidence, duration, memory, number, printable, shorten, span
+from torchflat.audit.numerals import confidence, duration, memory, number, printable, shorten, span
+from torchflat.audit.profile import doubling_radius
+from torchflat.audit.report import Report
 from torchflat.errors import UsageError
 from torchflat.result import Status
 
@@ -57,6 +59,34 @@ def spectral_density(top: list[float], parameters: int, width: float = 0.03) -> 
         "steps": 60,
         "status": "CONVERGED",
         "cost": cost(240, 130.0),
+    }
+
+
+def flatness_profile() -> dict[str, Any]:
+    """f° of a point with a gradient: 0.0041 r + 1.73 r², exactly, down to a rounding of 1e-9."""
+    radii = [1e-4 * 4.2**i for i in range(8)]
+    return {
+        "radii": radii,
+        "values": [0.0041 * r + 1.73 * r * r for r in radii],
+        "slopes": [0.0041 + 3.46 * r for r in radii],
+        "signs": [1.0] * 8,
+        "floor": [1e-9] * 8,
+        "disagreements": [0.0] * 7,
+        "accuracy": [1e-3] * 8,
+        "order": {
+            "p": {"value": 1.0, "lower": 1.0, "upper": 1.0},
+            "exact": True,
+            "modulus": {"value": 0.0041, "lower": 0.0040, "upper": 0.0042},
+            "radius": 1e-4,
+        },
+        "curvature_radius": 2 * 0.0041 / 3.4673,
+        "doubling_radius": 0.1016,
+        "level": 0.0182734,
+        "gradient_norm": 0.004127,
+        "critical": False,
+        "unbounded": None,
+        "status": "CONVERGED",
+        "cost": cost(0, 41.0),
     }
 
 
@@ -176,6 +206,7 @@ def fake_report() -> dict[str, Any]:
             "status": "CONVERGED",
             "cost": cost(120, 101.5),
         },
+        "variation": flatness_profile(),
         "cost": {**cost(447, 326.1), "peak_memory_bytes": 1_610_612_736},
     }
 
@@ -183,7 +214,7 @@ def fake_report() -> dict[str, Any]:
 def partial_report() -> dict[str, Any]:
     """The same audit, interrupted while λ₁ was being measured: no upper bound yet, and nothing else has run."""
     report = fake_report()
-    for key in ("eigenvalues", "trace", "density", "blocks"):
+    for key in ("eigenvalues", "trace", "density", "blocks", "variation"):
         del report[key]
     sharpness = report["sharpness"]
     sharpness.update(value=2.91, lower=2.9, upper=None, status="INTERRUPTED", history=sharpness["history"][:4])
@@ -206,7 +237,10 @@ def extreme_report(scale: float = 1e-12) -> dict[str, Any]:
 
     def scaled(part: Any) -> Any:
         if isinstance(part, dict):
-            small = ("value", "lower", "upper", "grid", "width", "exact", "standard_error", "residual", "loss")
+            small = (
+                "value", "lower", "upper", "grid", "width", "exact", "standard_error", "residual", "loss",
+                "values", "slopes", "floor", "level", "curvature_radius", "doubling_radius",
+            )  # fmt: skip
             return {
                 key: _times(item, scale) if key in small else scaled(item) if key != "provenance" else item
                 for key, item in part.items()
@@ -214,10 +248,13 @@ def extreme_report(scale: float = 1e-12) -> dict[str, Any]:
         return [scaled(item) for item in part] if isinstance(part, list) else part
 
     report = scaled(report)
+    report["variation"]["order"]["exact"] = False
     for key in ("density", "standard_error"):
         report["density"][key] = _times(fake_report()["density"][key], 1 / scale)
     # An audit starts from no earlier answer, so that none of its parts is TRACKED.
-    statuses = [status for status in Status if status is not Status.TRACKED]
+    profile_only = (Status.INCONSISTENT, Status.TRUNCATED)
+    statuses = [status for status in Status if status not in (Status.TRACKED, *profile_only)]
+    report["variation"]["status"] = profile_only[scale > 1].name
     for key, status in zip(("sharpness", "eigenvalues", "trace", "density", "blocks"), statuses, strict=True):
         report[key]["status"] = status.name
     names = [
@@ -257,6 +294,8 @@ def zero_report() -> dict[str, Any]:
     report["trace"].update(value=0.0, lower=0.0, upper=0.0)
     report["density"].update(grid=[-1e-9, 0.0, 1e-9], density=[0.0] * 3, standard_error=[0.0] * 3, exact=[0.0])
     nothing = {"value": 0.0, "lower": 0.0, "upper": 0.0}
+    report["variation"].update(values=[0.0] * 8, slopes=[0.0] * 8, floor=[0.0] * 8, order=None, level=0.0)
+    report["variation"].update(curvature_radius=None, doubling_radius=None, disagreements=[None] * 7)
     report["blocks"]["rows"] = [{"name": "w", "parameters": 1, **nothing, "status": "BUDGET"}]
     return report
 
@@ -279,6 +318,9 @@ def unknown_report() -> dict[str, Any]:
                 "groups",
                 "grid",
                 "products",
+                "radii",
+                "signs",
+                "exact",
             )
             return {key: item if key in kept else emptied(item) for key, item in part.items()}
         return [emptied(item) for item in part] if isinstance(part, list) else None
@@ -384,6 +426,10 @@ def drop(path: str) -> Callable[[dict[str, Any]], None]:
         (put("blocks.rows.0.colour", "red"), "colour"),
         (put("eigenvalues.largest", None), "eigenvalues.largest"),
         (put("density.grid", [0.0, 1.0]), "differ in length"),
+        (put("variation.values", [0.0, 1.0]), "$.variation differ in length"),
+        (put("variation.radii", [0.0] * 8), "variation.radii[7]"),
+        (put("variation.order.p.value", "1"), "variation.order"),
+        (put("variation.status", "FINE"), "variation.status"),
         (put("provenance.data.sha256", "xyz"), "sha256"),
         (put("point.parameters", -1), "point.parameters"),
     ],
@@ -649,11 +695,12 @@ def test_page_is_well_formed_and_fetches_nothing(variant: str) -> None:
 
 def test_page_shows_every_part_with_numbers_in_the_alternatives_of_the_figures() -> None:
     walk = Walk(saved("complete")["report.html"].decode())
-    assert {"spectrum", "density", "trace", "blocks", "cost", "notes", "provenance"} == {
+    assert {"spectrum", "density", "trace", "blocks", "variation", "cost", "notes", "provenance"} == {
         name for name in walk.ids if not name.endswith("-title")
     }
     assert len(walk.alts) == len(figures.FIGURES)
-    for alt, said in zip(walk.alts, ("3.4673", "minus 0.2131", "3.467", "layers.0.weight"), strict=True):
+    numbers = ("3.4673", "minus 0.2131", "3.467", "layers.0.weight", "0.004100 r")
+    for alt, said in zip(walk.alts, numbers, strict=True):
         assert said in alt
     for said in (
         "converged",
@@ -675,7 +722,7 @@ def test_page_of_a_partial_report_says_so_first() -> None:
     assert "interrupted" in walk.text
     assert "how much larger is not known" in walk.text
     assert "lies in" not in walk.text
-    assert {"density", "trace", "blocks"}.isdisjoint(walk.ids)
+    assert {"density", "trace", "blocks", "variation"}.isdisjoint(walk.ids)
 
 
 def test_page_claims_no_upper_bound_that_nothing_proves() -> None:
@@ -717,7 +764,9 @@ def test_trajectory_page_has_a_row_for_each_checkpoint() -> None:
 def test_only_the_parts_that_are_present_are_drawn() -> None:
     drawn = {variant: [name for name in figures.FIGURES if f"{name}.png" in saved(variant)] for variant in VARIANTS}
     everything = ["convergence", "eigenvalues", "density", "blocks"]
-    assert drawn["complete"] == drawn["tiny"] == drawn["flat"] == drawn["zero"] == everything
+    assert drawn["complete"] == drawn["tiny"] == drawn["flat"] == [*everything, "profile"]
+    # A logarithmic scale has no place for zeros.
+    assert drawn["zero"] == everything
     assert drawn["partial"] == ["convergence"]
     assert drawn["bare"] == drawn["unknown"] == []
 
@@ -740,6 +789,72 @@ def test_density_shows_both_signs_on_a_logarithmic_scale_with_known_eigenvalues_
     height = lines["height of one eigenvalue"].get_ydata()[0]
     at = min(range(512), key=lambda i: abs(content["density"]["grid"][i] - 2.2043))
     assert content["density"]["density"][at] == pytest.approx(height, rel=0.02)
+
+
+def test_profile_shows_the_values_the_references_and_the_two_radii() -> None:
+    content = fake_report()
+    part = content["variation"]
+    (axes,) = figures.FIGURES["profile"](content).axes
+    lines = {str(line.get_label()): line for line in axes.get_lines()}
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    assert list(lines["largest change within r"].get_ydata()) == part["values"]
+    gradient, curvature = lines["gradient alone: |∇f| r"], lines["curvature alone: ½ λ₁ r²"]
+    assert gradient.get_ydata()[0] == pytest.approx(0.004127e-4)
+    assert curvature.get_ydata()[0] == pytest.approx(3.4673e-8 / 2)
+    # The two references cross at the radius that is marked.
+    marked = float(lines["curvature shows: 2|∇f|/λ₁"].get_xdata()[0])
+    assert 3.4673 * marked**2 / 2 == pytest.approx(0.0041 * marked)
+    assert float(lines["change = the loss itself"].get_xdata()[0]) == part["doubling_radius"]
+    del content["sharpness"]
+    part.update(curvature_radius=None, doubling_radius=None)
+    (axes,) = figures.FIGURES["profile"](content).axes
+    assert {line.get_label() for line in axes.get_lines()} == {"largest change within r", "gradient alone: |∇f| r"}
+
+
+@pytest.mark.parametrize("radii", [(1.1, 1.9), (0.9, 30.0), (1e-9, 1.0)])
+def test_logarithmic_axes_have_labels_whatever_they_span(radii: tuple[float, float]) -> None:
+    content = fake_report()
+    for key, items in content["variation"].items():
+        if isinstance(items, list):
+            content["variation"][key] = items[:2]
+    content["variation"]["radii"] = list(radii)
+    (axes,) = figures.FIGURES["profile"](content).axes
+    axes.figure.canvas.draw()
+    low, high = axes.get_xlim()
+    shown = [text.get_text() for text in axes.get_xticklabels() if low <= text.get_position()[0] <= high]
+    assert len([label for label in shown if label]) >= 2
+
+
+def test_text_and_page_say_what_the_profile_means() -> None:
+    content = fake_report()
+    text = " ".join(Report(content).text().split())
+    walk = Walk(page.report_page(content, {}))
+    for said in (
+        "For small r the loss changes by at most 0.004100 r within a distance r of this point.",
+        "Curvature shows beyond r = 0.00236 (0.0039 % of |x|).",
+        "The loss can have doubled at r = 0.102 (0.17 % of |x|).",
+    ):
+        assert said in text.replace("· ", "")
+        assert said in walk.text
+    content["variation"].update(order=None, curvature_radius=None, doubling_radius=None)
+    assert "For small r" not in Report(content).validate().text()
+    content["variation"]["order"] = fake_report()["variation"]["order"]
+    content["variation"]["order"]["p"] = {"value": 2.5, "lower": 2.4, "upper": 2.6}
+    content["variation"]["order"]["exact"] = False
+    assert "by at most about 0.004100 r^2.5 within" in " ".join(Report(content).text().split())
+    assert "r<sup>2.5</sup>" in page.report_page(content, {})
+
+
+@given(st.floats(0.3, 5), st.floats(1e-3, 1e3), st.floats(1e-3, 1e3))
+def test_the_doubling_radius_of_a_power_is_exact(p: float, a: float, level: float) -> None:
+    radii = [10.0 ** (i / 2) for i in range(-20, 21)]
+    values, slopes = [a * r**p for r in radii], [a * p * r ** (p - 1) for r in radii]
+    found = doubling_radius(radii, values, slopes, level)
+    if found is None:
+        assert not values[0] < level <= 2 * values[-1]
+    else:
+        assert a * found**p == pytest.approx(level, rel=1e-6)
+    assert doubling_radius(radii, values, slopes, -level) is None
 
 
 def test_blocks_are_drawn_from_the_sharpest_down() -> None:

@@ -6,57 +6,23 @@ the density of a screen.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
-from torchflat.audit.report import eigenvalue_name, shorten
+from torchflat.audit.drawing import BLUE, GREEN, GREY, INK, ORANGE, logarithmic, nan, panels, png
+from torchflat.audit.numerals import shorten
+from torchflat.audit.profile_figures import profile
+from torchflat.audit.report import eigenvalue_name
 
 __all__ = ["FIGURES", "blocks", "convergence", "density", "draw", "eigenvalues", "png", "trajectory"]
 
-# Okabe and Ito's palette: told apart with any colour vision, and in grey by their lightness.
-BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#D55E00", "#009E73", "#8A8F98", "#1F2328"
 BLOCKS_SHOWN = 20
-_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-_STYLE: dict[Any, Any] = {
-    "axes.axisbelow": True,
-    "axes.edgecolor": "#B4B9C1",
-    "axes.grid": True,
-    "axes.labelcolor": INK,
-    "axes.labelsize": 12,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 13,
-    "axes.titlepad": 10,
-    "figure.constrained_layout.h_pad": 0.08,
-    "figure.constrained_layout.use": True,
-    "figure.constrained_layout.w_pad": 0.08,
-    "figure.facecolor": "white",
-    "font.family": "DejaVu Sans",
-    "font.size": 12,
-    "grid.color": "#E4E7EB",
-    "grid.linewidth": 0.8,
-    "legend.fontsize": 11,
-    "legend.frameon": False,
-    "lines.linewidth": 2,
-    "text.color": INK,
-    "text.parse_math": False,  # names are the user's: a dollar sign is a dollar sign
-    "xtick.color": "#565C66",
-    "xtick.labelsize": 11,
-    "ytick.color": "#565C66",
-    "ytick.labelsize": 11,
-}
 
 
 def draw(report: Mapping[str, Any]) -> dict[str, Figure]:
@@ -67,19 +33,11 @@ def draw(report: Mapping[str, Any]) -> dict[str, Figure]:
         "eigenvalues": [row["value"] for row in pairs["largest"] + pairs["smallest"]],
         "density": report.get("density", {}).get("density", []),
         "blocks": [row["value"] for row in report.get("blocks", {}).get("rows", [])],
+        "profile": [value or None for value in report.get("variation", {}).get("values", [])],
     }
-    least = {"convergence": 2, "eigenvalues": 1, "density": 2, "blocks": 1}
+    least = {"convergence": 2, "eigenvalues": 1, "density": 2, "blocks": 1, "profile": 2}
     known = {name: sum(value is not None for value in values) for name, values in points.items()}
     return {name: figure(report) for name, figure in FIGURES.items() if known[name] >= least[name]}
-
-
-def png(figure: Figure) -> bytes:
-    """Return the figure as a PNG with two pixels to each pixel of a 96 dpi screen."""
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # names in scripts that the font lacks
-        figure.savefig(buffer, format="png", dpi=192, metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def density(report: Mapping[str, Any]) -> Figure:
@@ -90,7 +48,7 @@ def density(report: Mapping[str, Any]) -> Figure:
     single = _height_of_one_eigenvalue(report)
     top = max((value for value in values if value > 0), default=1.0)
     floor = min(single / 10, top / 100) if single else top * 1e-6
-    with _figure(8, 4.2) as (figure, (axes,)):
+    with panels(8, 4.2) as (figure, (axes,)):
         for sign, colour, label in ((1, BLUE, "positive"), (-1, ORANGE, "negative")):
             part_of = [sign * x >= 0 for x in grid]
             if not any(part_of) or not any(
@@ -126,7 +84,7 @@ def density(report: Mapping[str, Any]) -> Figure:
         axes.set_xlim(grid[0], grid[-1])
         axes.set_title("Spectral density")
         axes.legend(loc="upper right", ncols=2, borderaxespad=0, handlelength=1.4, columnspacing=1.2)
-        _logarithmic(axes)
+        logarithmic(axes)
         return figure
 
 
@@ -142,7 +100,7 @@ def convergence(report: Mapping[str, Any]) -> Figure:
     # Reports of older versions have no costs there.
     unit = "gradients" if all("gradients" in entry for entry in history) else "products"
     spent = [entry[unit] for entry in history]
-    with _figure(8, 3.6, columns=2) as (figure, (left, right)):
+    with panels(8, 3.6, columns=2) as (figure, (left, right)):
         _band(left, spent, history)
         left.set(xlabel=f"cost, in {unit}", ylabel="λ₁")
         left.set_title("Interval of λ₁")
@@ -153,18 +111,12 @@ def convergence(report: Mapping[str, Any]) -> Figure:
             # Whole decades: else there may be no labelled tick at all.
             powers = [math.log10(width) for _, width in known]
             right.set_ylim(10.0 ** math.floor(min(powers)), 10.0 ** math.ceil(max(powers) + 1e-9))
-            _logarithmic(right)
+            logarithmic(right)
         right.set(xlabel=f"cost, in {unit}", xlim=left.get_xlim())
         right.set_title("Width of the interval / |λ₁|")
         for axes in (left, right):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         return figure
-
-
-def _logarithmic(axes: Axes) -> None:
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: "10" + f"{math.log10(value):.0f}".translate(_RAISED)))
-    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _relative_width(entry: Mapping[str, Any]) -> float | None:
@@ -176,7 +128,7 @@ def _relative_width(entry: Mapping[str, Any]) -> float | None:
 
 def _band(axes: Axes, x: Sequence[float], entries: Sequence[Mapping[str, Any]]) -> None:
     """Draw values as a line with their intervals as a band; a bound that is not known leaves a gap in the band."""
-    value, lower, upper = ([_nan(entry[key]) for entry in entries] for key in ("value", "lower", "upper"))
+    value, lower, upper = ([nan(entry[key]) for entry in entries] for key in ("value", "lower", "upper"))
     axes.fill_between(x, lower, upper, color=BLUE, alpha=0.22, linewidth=0)
     # A band has no width where only one entry has bounds.
     axes.vlines(x, lower, upper, color=BLUE, alpha=0.5, linewidth=1.5)
@@ -199,8 +151,8 @@ def eigenvalues(report: Mapping[str, Any]) -> Figure:
     pairs = report["eigenvalues"]
     sides = [(pairs["largest"], False), (pairs["smallest"], True)]
     sides = [(rows, smallest) for rows, smallest in sides if rows]
-    with _figure(8, 3.6, columns=len(sides)) as (figure, panels):
-        for axes, (rows, smallest) in zip(panels, sides, strict=True):
+    with panels(8, 3.6, columns=len(sides)) as (figure, both):
+        for axes, (rows, smallest) in zip(both, sides, strict=True):
             names = [eigenvalue_name(index, smallest) for index in range(len(rows))]
             if smallest:
                 rows, names = rows[::-1], names[::-1]
@@ -230,10 +182,10 @@ def _fresh_data(axes: Axes, sampling: Mapping[str, Any] | None) -> None:
 
 def _interval(axes: Axes, x: float, row: Mapping[str, Any], colour: str) -> None:
     """Draw a number as a dot on the bar of its interval, or as a triangle that points to where it has no bound."""
-    lower, upper = _nan(row["lower"]), _nan(row["upper"])
+    lower, upper = nan(row["lower"]), nan(row["upper"])
     axes.plot([x, x], [lower, upper], color=colour, linewidth=8, alpha=0.35, solid_capstyle="butt")
     marker = "^" if row["upper"] is None else "v" if row["lower"] is None else "o"
-    axes.plot([x], [_nan(row["value"])], marker, color=colour, markersize=5 if marker == "o" else 8)
+    axes.plot([x], [nan(row["value"])], marker, color=colour, markersize=5 if marker == "o" else 8)
 
 
 def blocks(report: Mapping[str, Any]) -> Figure:
@@ -241,16 +193,16 @@ def blocks(report: Mapping[str, Any]) -> Figure:
     rows = [row for row in report["blocks"]["rows"] if row["value"] is not None]
     total, rows = len(report["blocks"]["rows"]), sorted(rows, key=lambda row: -row["value"])[:BLOCKS_SHOWN]
     positions = range(len(rows))
-    with _figure(8, 1.3 + 0.3 * max(len(rows), 3), columns=2, widths=(2.2, 1), share_y=True) as (figure, (left, right)):
+    with panels(8, 1.3 + 0.3 * max(len(rows), 3), columns=2, widths=(2.2, 1), share_y=True) as (figure, (left, right)):
         left.barh(positions, [row["value"] for row in rows], height=0.62, color=BLUE)
         for y, row in zip(positions, rows, strict=True):
             left.plot(
-                [_nan(row["lower"]), _nan(row["upper"])], [y, y], color=INK, linewidth=1.6, marker="|", markersize=7
+                [nan(row["lower"]), nan(row["upper"])], [y, y], color=INK, linewidth=1.6, marker="|", markersize=7
             )
         left.set_yticks(positions, [shorten(row["name"], 32) for row in rows])
         left.invert_yaxis()
         left.set_title("λ₁ of the block" if len(rows) == total else f"λ₁ of the block: {len(rows)} sharpest of {total}")
-        right.barh(positions, [100 * _nan(row.get("share")) for row in rows], height=0.62, color=GREEN)
+        right.barh(positions, [100 * nan(row.get("share")) for row in rows], height=0.62, color=GREEN)
         right.set_title("% of top vector")
         right.tick_params(labelleft=False)
         for axes in (left, right):
@@ -265,8 +217,8 @@ def trajectory(reports: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Fi
     unknown = dict.fromkeys(("value", "lower", "upper"))
     entries = [report.get("sharpness", unknown) for report in reports]
     positions = range(len(reports))
-    with _figure(8, 5, rows=2) as (figure, (above, below)):
-        above.plot(positions, [_nan(entry["value"]) for entry in entries], color=BLUE, linewidth=1.2)
+    with panels(8, 5, rows=2) as (figure, (above, below)):
+        above.plot(positions, [nan(entry["value"]) for entry in entries], color=BLUE, linewidth=1.2)
         for x, entry in zip(positions, entries, strict=True):
             _interval(above, x, entry, BLUE)
         above.set_title("λ₁ with its interval")
@@ -274,7 +226,7 @@ def trajectory(reports: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Fi
         above.set_xticks(positions, [])
         below.plot(
             positions,
-            [_nan(report.get("point", {}).get("loss")) for report in reports],
+            [nan(report.get("point", {}).get("loss")) for report in reports],
             color=ORANGE,
             marker="s",
             markersize=4,
@@ -299,25 +251,5 @@ FIGURES: dict[str, Callable[[Mapping[str, Any]], Figure]] = {
     "eigenvalues": eigenvalues,
     "density": density,
     "blocks": blocks,
+    "profile": profile,
 }
-
-
-@contextlib.contextmanager
-def _figure(
-    width: float,
-    height: float,
-    rows: int = 1,
-    columns: int = 1,
-    widths: Sequence[float] | None = None,
-    share_y: bool = False,
-) -> Iterator[tuple[Figure, list[Axes]]]:
-    """Give a figure of ``width`` by ``height`` inches and its panels, and keep the style in force meanwhile."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height))
-        grid = figure.subplots(rows, columns, squeeze=False, width_ratios=widths, sharey=share_y)
-        panels = [axes for row in grid for axes in row]
-        yield figure, panels
-
-
-def _nan(value: float | None) -> float:
-    return math.nan if value is None else float(value)

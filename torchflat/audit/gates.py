@@ -17,10 +17,12 @@ import enum
 import math
 import operator
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torchflat.audit.report import schema, span
+from torchflat.audit.numerals import span
+from torchflat.audit.report import schema
 from torchflat.errors import UsageError
 
 __all__ = ["Gate", "Outcome", "Verdict", "evaluate", "keys", "parse"]
@@ -288,7 +290,10 @@ class _Parser:
             part, name = key.rsplit(".", 1)
             parts.setdefault(part, []).append(name)
         shown = re.sub(r"\s", " ", self.expression)  # one column each, so that the caret stands below
-        listing = "\n".join(f"  {part}: {', '.join(names)}" for part, names in parts.items())
+        listing = "\n".join(
+            textwrap.fill(f"{part}: {', '.join(names)}", 100, initial_indent="  ", subsequent_indent="    ")
+            for part, names in parts.items()
+        )
         return UsageError(
             f"--fail-on: {problem}\n  {shown}\n  {' ' * token.position}^\n"
             f"A gate compares keys of the report with numbers (>, >=, <, <=), joined by and, or, ( ). Keys:\n{listing}"

@@ -4,25 +4,43 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import decimal
 import functools
 import json
 import os
 import textwrap
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from torchflat.audit.numerals import (
+    columns,
+    confidence,
+    count,
+    duration,
+    memory,
+    number,
+    printable,
+    share,
+    shorten,
+    span,
+)
+from torchflat.audit.profile_words import profile_sentences
 from torchflat.errors import UsageError
 from torchflat.result import Status
 
-__all__ = ["Report", "schema"]
+__all__ = ["Report", "check", "footer_text", "schema", "table_lines", "wrapped", "write_whole"]
 
 WIDTH = 80
 BLOCKS_IN_TEXT = 12
-PARTS = {"sharpness": "λ₁", "eigenvalues": "eigenvalues", "trace": "trace", "density": "density", "blocks": "blocks"}
+PARTS = {
+    "sharpness": "λ₁", "eigenvalues": "eigenvalues", "trace": "trace", "density": "density", "blocks": "blocks",
+    "variation": "flatness profile",
+}  # fmt: skip
+# Lists of a part that have one entry for each of the same things.
+_PARALLEL = {
+    "density": ("grid", "density", "standard_error"),
+    "variation": ("radii", "values", "slopes", "signs", "floor", "accuracy"),
+}
 _SUBSCRIPTS = str.maketrans("0123456789-n", "₀₁₂₃₄₅₆₇₈₉₋ₙ")
 
 
@@ -52,24 +70,11 @@ class Report:
 
     def validate(self) -> Report:
         """Return the report itself, or raise :class:`~torchflat.errors.UsageError` naming what the schema refuses."""
-        import jsonschema
-
-        version = self.content.get("schema_version")
-        if version != "1":
-            raise UsageError(
-                f"the report has schema_version {version!r}, this torchflat reads '1': use the one it is from"
-            )
-        fault = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema()).iter_errors(self.content))
-        if fault is not None:
-            raise UsageError(f"not a torchflat report: {fault.json_path}: {shorten(fault.message, 160)}")
-        try:
-            self.to_json()
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"not a torchflat report: {error}; unknown and infinite numbers are null") from error
-        density = self.content.get("density", {})
-        lengths = {key: len(density[key]) for key in ("grid", "density", "standard_error") if key in density}
-        if len(set(lengths.values())) > 1:
-            raise UsageError(f"not a torchflat report: the lists of $.density differ in length: {lengths}")
+        check(self.content, schema(), "report")
+        for part, keys in _PARALLEL.items():
+            lengths = {key: len(held) for key in keys if (held := self.content.get(part, {}).get(key)) is not None}
+            if len(set(lengths.values())) > 1:
+                raise UsageError(f"not a torchflat report: the lists of $.{part} differ in length: {lengths}")
         return self
 
     def save(self, folder: str | os.PathLike[str], force: bool = False) -> Path:
@@ -89,14 +94,14 @@ class Report:
             folder.mkdir(parents=True, exist_ok=True)
             if not force and (held := [name for name in ("report.json", "report.html") if (folder / name).exists()]):
                 raise UsageError(f"{folder} already holds {held[0]}: name another folder, or overwrite it with --force")
-            _write(folder / "report.json", self.to_json().encode())
+            write_whole(folder / "report.json", self.to_json().encode())
             pictures = {name: figures.png(figure) for name, figure in figures.draw(self.content).items()}
             for name in figures.FIGURES:
                 if name in pictures:
-                    _write(folder / f"{name}.png", pictures[name])
+                    write_whole(folder / f"{name}.png", pictures[name])
                 else:
                     (folder / f"{name}.png").unlink(missing_ok=True)  # of the report that is being replaced
-            _write(folder / "report.html", page.report_page(self.content, pictures).encode())
+            write_whole(folder / "report.html", page.report_page(self.content, pictures).encode())
         except OSError as error:
             raise UsageError(f"cannot write the report to {folder}: {error.strerror}; name another folder") from error
         return folder
@@ -127,7 +132,28 @@ def schema() -> dict[str, Any]:
     return content
 
 
-def _write(path: Path, data: bytes) -> None:
+def check(content: Mapping[str, Any], against: Mapping[str, Any], kind: str) -> None:
+    """Raise :class:`~torchflat.errors.UsageError` naming what the schema refuses, or what JSON cannot hold."""
+    import jsonschema
+    from referencing import Registry, Resource
+
+    version = content.get("schema_version")
+    if version != "1":
+        raise UsageError(f"the {kind} has schema_version {version!r}, this torchflat reads '1': use the one it is from")
+    # Other schemas refer to that of the report.
+    known = Registry().with_resource(schema()["$id"], Resource.from_contents(schema()))
+    validator = jsonschema.Draft202012Validator(against, registry=known)
+    fault = jsonschema.exceptions.best_match(validator.iter_errors(content))
+    if fault is not None:
+        raise UsageError(f"not a torchflat {kind}: {fault.json_path}: {shorten(fault.message, 160)}")
+    try:
+        json.dumps(content, allow_nan=False)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"not a torchflat {kind}: {error}; unknown and infinite numbers are null") from error
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that appears whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -139,134 +165,19 @@ def _write(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-# ---- numbers -------------------------------------------------------------------------------------------------------
-
-
-def number(
-    value: float | None, digits: int = 4, place: int | None = None, rounding: str = decimal.ROUND_HALF_EVEN
-) -> str:
-    """Return ``value`` rounded to ``digits`` significant digits, or to fewer if ``10**place`` is the last to be shown.
-
-    Two digits are always left. Numbers below 1e-4, from 1e6 on, or without a digit at the units are written with an
-    exponent; an unknown number is a dash.
-
-    >>> number(3.46729), number(3.46729, place=-1), number(4.6e-12), number(-123456.7), number(None)
-    ('3.467', '3.5', '4.600e-12', '-1.235e5', '–')
-    """
-    if value is None:
-        return "–"
-    if value == 0:
-        return "0"
-    exact = Decimal(repr(value))
-    leading = exact.adjusted()
-    last = leading - digits + 1 if place is None else min(max(place, leading - digits + 1), leading - 1)
-    rounded = exact.quantize(Decimal(1).scaleb(last), rounding=rounding)
-    leading = rounded.adjusted()
-    if last <= 0 and -4 <= leading < 6:
-        return f"{rounded:f}"
-    return f"{rounded.scaleb(-leading):f}e{leading}"
-
-
-def span(value: float | None, lower: float | None, upper: float | None, digits: int = 6) -> tuple[str, str]:
-    """Return a number and its interval with the digits that the width of the interval supports, and one more.
-
-    The bounds are rounded outwards, so that the interval that is shown holds whenever the true one does.
-
-    >>> span(3.46729, 3.4603, 3.4709)
-    ('3.467', '[3.460, 3.471]')
-    >>> span(3.46729, 3.4603, None)
-    ('3.467', '[3.460, ∞)')
-    """
-    if lower is None or upper is None:
-        digits, place = min(digits, 4), None
-    elif upper == lower:
-        place = None
-    else:
-        # In Decimal: the difference of two huge floats of opposite sign can overflow.
-        place = (Decimal(repr(upper)) - Decimal(repr(lower))).adjusted() - 1
-    low = "(−∞" if lower is None else "[" + number(lower, digits, place, decimal.ROUND_FLOOR)
-    high = "∞)" if upper is None else number(upper, digits, place, decimal.ROUND_CEILING) + "]"
-    return number(value, digits, place), f"{low}, {high}"
-
-
-def confidence(value: float | None) -> str:
-    """Return a probability in per cent, rounded down: 0.99 is ``99 %``, and nothing below 1 becomes ``100 %``."""
-    if value is None:
-        return "–"
-    percent = (100 * Decimal(repr(value))).quantize(Decimal("0.01"), rounding=decimal.ROUND_FLOOR)
-    return f"{percent.normalize():f} %"
-
-
-def count(value: float | None) -> str:
-    """Return a count with separators; fractions (half a pass) keep one decimal. ``12,345``, ``17.5``, ``–``."""
-    if value is None:
-        return "–"
-    if value >= 1e12:
-        return number(value)
-    return f"{value:,.1f}".removesuffix(".0")
-
-
-def duration(seconds: float | None) -> str:
-    """Return a time in the unit that suits it: ``0.42 s``, ``12.4 s``, ``3 min 20 s``, ``2 h 5 min``."""
-    if seconds is None:
-        return "–"
-    if seconds < 60:
-        return f"{seconds:.2f} s" if seconds < 9.995 else f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{count(whole // 3600)} h {whole % 3600 // 60} min"
-
-
-def memory(size: float | None) -> str:
-    """Return a number of bytes in binary units: ``512 B``, ``1.5 GiB``."""
-    if size is None:
-        return "–"
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:,.1f} TiB"
-
-
 # ---- text ----------------------------------------------------------------------------------------------------------
 
 
-def printable(text: str) -> str:
-    """Return ``text`` on one line, with what a terminal would obey rather than show replaced by ``�``."""
-    return "".join(character if character.isprintable() else "�" for character in " ".join(text.split()))
-
-
-def shorten(text: str, width: int) -> str:
-    """Return ``text``, printable, in at most ``width`` columns: the middle of what is longer becomes ``…``.
-
-    >>> shorten("transformer.layers.11.attention.query.weight", 24)
-    'transformer…query.weight'
-    """
-    text = printable(text)
-    if _columns(text) <= width:
-        return text
-    head = tail = ""
-    while True:
-        longer = (head + text[len(head)], tail) if len(head) < len(tail) else (head, text[-1 - len(tail)] + tail)
-        if _columns("".join(longer)) + 1 > width:
-            return f"{head}…{tail}"
-        head, tail = longer
-
-
-def _columns(text: str) -> int:
-    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
-
-
 def _pad(text: str, width: int, right: bool = False) -> str:
-    blank = " " * (width - _columns(text))
+    blank = " " * (width - columns(text))
     return blank + text if right else text + blank
 
 
-def _wrap(text: str, mark: str) -> list[str]:
+def wrapped(text: str, mark: str) -> list[str]:
+    """Return the lines of a text that begins with a mark, in as many columns as a terminal has at least."""
     text = printable(text)
     # Where characters are two columns wide, half as many fit.
-    width = WIDTH if _columns(text) == len(text) else WIDTH // 2
+    width = WIDTH if columns(text) == len(text) else WIDTH // 2
     return textwrap.wrap(text, width, initial_indent=f"{mark} ", subsequent_indent="  ")
 
 
@@ -284,7 +195,7 @@ def _header_text(report: Mapping[str, Any]) -> Iterator[str]:
     provenance, point = report["provenance"], report.get("point", {})
     checkpoint, data = provenance.get("checkpoint") or {}, provenance.get("data") or {}
     if report["status"] == "partial":
-        yield from _wrap("PARTIAL REPORT: the audit did not finish; what is missing has not run.", "!")
+        yield from wrapped("PARTIAL REPORT: the audit did not finish; what is missing has not run.", "!")
         yield ""
     rows = point.get("rows", data.get("rows"))
     facts: tuple[tuple[str, Any, Callable[[Any], str]], ...] = (
@@ -300,9 +211,9 @@ def _header_text(report: Mapping[str, Any]) -> Iterator[str]:
             yield f"{label:<12}{shorten(show(fact), WIDTH - 12)}"
 
 
-def _table(rows: Sequence[Sequence[str]], right: Sequence[int]) -> Iterator[str]:
+def table_lines(rows: Sequence[Sequence[str]], right: Sequence[int]) -> Iterator[str]:
     """Lay out rows (the first is the head) in columns; the first column gives way where 80 columns are not enough."""
-    widths = [max(_columns(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths = [max(columns(row[column]) for row in rows) for column in range(len(rows[0]))]
     widths[0] = min(widths[0], WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1))
     for row in rows:
         cells = (_pad(shorten(cell, widths[i]), widths[i], right=i in right) for i, cell in enumerate(row))
@@ -316,7 +227,7 @@ def _numbers_text(report: Mapping[str, Any]) -> Iterator[str]:
     ]
     if rows:
         yield ""
-        yield from _table([("", "value", "interval", "conf.", ""), *rows], right=(1, 3))
+        yield from table_lines([("", "value", "interval", "conf.", ""), *rows], right=(1, 3))
     sharpness = report.get("sharpness", {})
     if sharpness.get("largest_stable_step", ...) is None:
         yield "2/λ₁ stable step: none, because λ₁ is not positive"
@@ -324,7 +235,7 @@ def _numbers_text(report: Mapping[str, Any]) -> Iterator[str]:
     if fresh and fresh["lower"] is not None:
         interval = span(fresh["value"], fresh["lower"], fresh["upper"])[1]
         level = confidence(fresh["confidence"])
-        yield from _wrap(f"on fresh data of the same size: λ₁ in {interval} with {level}, to first order", "·")
+        yield from wrapped(f"on fresh data of the same size: λ₁ in {interval} with {level}, to first order", "·")
 
 
 def _measured(report: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], float | None, str]]:
@@ -362,16 +273,17 @@ def _blocks_text(report: Mapping[str, Any]) -> Iterator[str]:
     ]
     head = (f"block ({confidence(blocks['confidence'])})", "size", "λ₁", "interval", "share", "")
     yield ""
-    yield from _table([head, *rows], right=(1, 2, 4))
+    yield from table_lines([head, *rows], right=(1, 2, 4))
     if len(ranked) > len(rows):
         yield f"… and {count(len(ranked) - len(rows))} more blocks below these"
 
 
-def share(value: float | None) -> str:
-    """Return a share (0 to 1) in per cent: ``37 %``, ``<1 %``."""
-    if value is None:
-        return "–"
-    return "<1 %" if 0 < value < 0.005 else f"{100 * min(value, 1):.0f} %"
+def _profile_text(report: Mapping[str, Any]) -> Iterator[str]:
+    sentences = list(profile_sentences(report))
+    if sentences:
+        yield ""
+    for sentence in sentences:
+        yield from wrapped(sentence, "·")
 
 
 def _notes_text(report: Mapping[str, Any]) -> Iterator[str]:
@@ -379,7 +291,7 @@ def _notes_text(report: Mapping[str, Any]) -> Iterator[str]:
     if notes:
         yield ""
     for note in notes:
-        yield from _wrap(note, "!")
+        yield from wrapped(note, "!")
 
 
 def notes_of(report: Mapping[str, Any]) -> Iterator[str]:
@@ -391,7 +303,8 @@ def notes_of(report: Mapping[str, Any]) -> Iterator[str]:
     yield from report["provenance"].get("notes", ())
 
 
-def _footer_text(report: Mapping[str, Any]) -> Iterator[str]:
+def footer_text(report: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the last lines: what was spent, and with which versions."""
     yield ""
     cost, provenance = report.get("cost"), report["provenance"]
     if cost:
@@ -399,9 +312,9 @@ def _footer_text(report: Mapping[str, Any]) -> Iterator[str]:
             f"{count(cost['gradients'])} gradients ({count(cost['products'])} products), {duration(cost['seconds'])}"
         )
         peak = cost.get("peak_memory_bytes")
-        yield from _wrap(f"cost: {spent}" + ("" if peak is None else f", {memory(peak)} at the peak"), "·")
+        yield from wrapped(f"cost: {spent}" + ("" if peak is None else f", {memory(peak)} at the peak"), "·")
     if plan := plan_sentence(provenance.get("plan")):
-        yield from _wrap(f"plan: {plan}", "·")
+        yield from wrapped(f"plan: {plan}", "·")
     facts: Sequence[str | None] = (
         f"torchflat {provenance['torchflat']}",
         f"torch {provenance['torch']}",
@@ -411,7 +324,7 @@ def _footer_text(report: Mapping[str, Any]) -> Iterator[str]:
         f"{provenance['ops']} kernels" if provenance.get("ops") else None,
         f"{provenance['processes']} processes" if (provenance.get("processes") or 1) > 1 else None,
     )
-    yield from _wrap(", ".join(fact for fact in facts if fact), "·")
+    yield from wrapped(", ".join(fact for fact in facts if fact), "·")
 
 
 def plan_sentence(plan: Mapping[str, Any] | None) -> str:
@@ -430,4 +343,4 @@ def plan_sentence(plan: Mapping[str, Any] | None) -> str:
     return ", ".join(fact for fact in facts if fact)
 
 
-_TEXT_PARTS = (_header_text, _numbers_text, _blocks_text, _notes_text, _footer_text)
+_TEXT_PARTS = (_header_text, _numbers_text, _blocks_text, _profile_text, _notes_text, footer_text)

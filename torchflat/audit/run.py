@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
 import math
-import platform
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -17,14 +14,16 @@ import torch
 from torch import Tensor
 
 from torchflat import ops
-from torchflat.audit.checkpoint import Checkpoint, load_checkpoint
 from torchflat.audit.options import Options, parse_duration
+from torchflat.audit.profile import profile_part
 from torchflat.audit.report import Report
+from torchflat.audit.subject import load_weights, objective, peak_memory, picked, provenance
 from torchflat.audit.task import Task, load_task
 from torchflat.distributed import Team
 from torchflat.errors import UsageError
+from torchflat.flatness import variation
 from torchflat.objective import Objective
-from torchflat.result import Answer, Status
+from torchflat.result import Status
 from torchflat.spectrum import NotConvergedWarning, Sharpness, block_sharpness, sharpness, spectral_density, trace
 from torchflat.spectrum.eigenpairs import Eigenpairs, extremal
 from torchflat.spectrum.krylov import Krylov
@@ -97,29 +96,14 @@ def audit(
     """
     options = replace(options or Options(), **choices)
     started = time.monotonic()
-    team, loaded = Team.of(group), None
+    team = Team.of(group)
     with team.together():
         task = load_task(task, task_options) if isinstance(task, str) else task
         model, data = task.make_model(), task.make_data()
-        if checkpoint is not None:
-            loaded = load_checkpoint(checkpoint, model, key=options.key, trust_pickle=options.trust_pickle)
-            loaded.apply(model)
-    f = Objective(
-        model,
-        task.loss,
-        data,
-        params=options.params or task.params,
-        device=options.device,
-        dtype=options.torch_dtype,
-        microbatch=options.microbatch,
-        memory=options.memory,
-        batch_loss=task.batch_loss,
-        weight_decay=task.weight_decay,
-        group=group,
-    )
-    f = f if options.rows is None else f.subset(options.rows, options.seed)
-    provenance = _provenance(task, loaded, f, options, command)
-    work = _Audit(f, options, provenance, progress, started)
+        loaded = load_weights(checkpoint, model, options)
+    f = objective(task, model, data, options, group)
+    source = provenance(task, loaded, f, options, command)
+    work = _Audit(f, options, source, progress, started)
     if resume is not None:
         work.take_over(resume)
     try:
@@ -160,6 +144,7 @@ class _Audit:
             "trace": self._trace,
             "density": self._density,
             "blocks": self._blocks,
+            "variation": self._variation,
         }
         wanted = ["point", *(part for part in parts if part in self.options.parts)]
         for part in wanted:
@@ -183,7 +168,7 @@ class _Audit:
         if self.skipped:
             notes.append(f"the time budget was spent before: {', '.join(self.skipped)}; raise --budget, or --resume")
         elapsed = time.monotonic() - self.started
-        cost = {**self.f.cost.to_dict(), "seconds": elapsed, "peak_memory_bytes": _peak_memory()}
+        cost = {**self.f.cost.to_dict(), "seconds": elapsed, "peak_memory_bytes": peak_memory()}
         provenance = {**self.provenance, **self.f.provenance(), "notes": notes}
         content = {"schema_version": "1", "status": status, "provenance": provenance, **self.content, "cost": cost}
         return Report(content).validate()
@@ -203,7 +188,7 @@ class _Audit:
         ):
             if old != new:
                 raise UsageError(f"cannot resume: the {what} was {old!r} and is {new!r} now; audit into a new folder")
-        finished = {"CONVERGED", "ROUNDING_LIMITED", "NOT_CERTIFIED"}
+        finished = {"CONVERGED", "ROUNDING_LIMITED", "NOT_CERTIFIED", "INCONSISTENT", "TRUNCATED"}
         for part in ("point", *self.options.parts):
             held = earlier.content.get(part)
             if held is not None and (part == "point" or held["status"] in finished):
@@ -259,7 +244,7 @@ class _Audit:
         if not self._tell("fresh data"):
             fresh = sampling_interval(self.f, answer, options.confidence, options.seed)
             keys = ("value", "lower", "upper", "confidence", "standard_error", "groups", "cost")
-            part["sampling"] = _picked(fresh, *keys)
+            part["sampling"] = picked(fresh, *keys)
             if fresh.note:
                 self.notes.append(fresh.note)
         return part
@@ -279,7 +264,7 @@ class _Audit:
         return {
             "largest": _pairs(largest),
             "smallest": _pairs(smallest),
-            **_picked(largest, "confidence", "status", "cost"),
+            **picked(largest, "confidence", "status", "cost"),
         }
 
     def _trace(self) -> dict[str, Any]:
@@ -292,7 +277,7 @@ class _Audit:
             basis=basis,
             callback=lambda fraction: self._tell("probes", fraction),
         )
-        return _picked(answer, "value", "lower", "upper", "confidence", "standard_error", "samples", "status", "cost")
+        return picked(answer, "value", "lower", "upper", "confidence", "standard_error", "samples", "status", "cost")
 
     def _density(self) -> dict[str, Any]:
         answer = spectral_density(
@@ -303,7 +288,7 @@ class _Audit:
             callback=lambda density: self._tell("starts"),
         )
         keys = ("grid", "density", "standard_error", "width", "exact", "starts", "steps", "status", "cost")
-        return _picked(answer, *keys)
+        return picked(answer, *keys)
 
     def _blocks(self) -> dict[str, Any]:
         answer = block_sharpness(
@@ -316,61 +301,25 @@ class _Audit:
             callback=lambda fraction: self._tell("blocks", fraction),
         )
         keys = ("name", "parameters", "value", "lower", "upper", "status", "gradient_norm", "share")
-        return {"rows": [_picked(row, *keys) for row in answer.rows], **_picked(answer, "confidence", "status", "cost")}
+        return {"rows": [picked(row, *keys) for row in answer.rows], **picked(answer, "confidence", "status", "cost")}
 
+    def _variation(self) -> dict[str, Any]:
+        def told(radius: float, value: float) -> bool:
+            # Where one process stops, all must.
+            return self.f.team.anywhere(lambda: self._tell(f"within {radius:.3g} the loss changes by {value:.3g}"))
 
-def _picked(answer: Answer, *keys: str) -> dict[str, Any]:
-    values = answer.to_dict()
-    return {key: values[key] for key in keys}
+        answer = variation(self.f, seed=self.options.seed, budget=self.options.gradients, callback=told)
+        return profile_part(answer, self.content.get("sharpness", {}).get("value"))
 
 
 def _pairs(answer: Eigenpairs) -> list[dict[str, Any]]:
-    return [_picked(pair, "value", "lower", "upper", "residual") for pair in answer.pairs]
+    return [picked(pair, "value", "lower", "upper", "residual") for pair in answer.pairs]
 
 
 def _sharpness_part(answer: Sharpness) -> dict[str, Any]:
     keys = ("value", "lower", "upper", "confidence", "status", "basis", "residual", "floor", "steps", "cost", "history")
     step = answer.largest_stable_step if answer.value > 0 else None
     return {
-        **_picked(answer, *keys),
-        "largest_stable_step": None if step is None else _picked(step, "value", "lower", "upper"),
+        **picked(answer, *keys),
+        "largest_stable_step": None if step is None else picked(step, "value", "lower", "upper"),
     }
-
-
-def _provenance(
-    task: Task, checkpoint: Checkpoint | None, f: Objective, options: Options, command: str | None
-) -> dict[str, Any]:
-    from torchflat import __version__
-
-    return {
-        "torchflat": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
-        "seed": options.seed,
-        "command": command,
-        "config": options.to_dict(),
-        "task": task.name or None,
-        "checkpoint": checkpoint and _picked(checkpoint, "path", "sha256", "format", "wrappers"),
-        "data": {"rows": f.rows, "sha256": f.fingerprint()},
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "notes": [*(checkpoint.notes if checkpoint else ()), *_cautions(f, options)],
-    }
-
-
-def _cautions(f: Objective, options: Options) -> list[str]:
-    notes = ["the model was audited in eval mode"]
-    if options.rows is not None:
-        notes.append(f"a random subset of {f.rows} rows was audited: all numbers are about these rows")
-    return notes
-
-
-def _peak_memory() -> int | None:
-    """Peak resident memory of the process, where the system tells it."""
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

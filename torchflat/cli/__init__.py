@@ -25,6 +25,7 @@ INTERRUPTED = 130
 # Imported when asked for, so that `torchflat --help` is quick. Each module has a dataclass of this name with run().
 COMMANDS = {
     "audit": ("Audit", "measure how sharp a checkpoint is, and write a report"),
+    "compare": ("Compare", "say which of two checkpoints is flatter"),
     "selftest": ("Selftest", "check this installation on problems with known answers"),
     "doctor": ("Doctor", "show what this installation has, and what it lacks"),
 }
@@ -33,7 +34,7 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (default: the process's own), and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments[:1] == ["audit"]:
+    if arguments[:1] in (["audit"], ["compare"]):
         with joined():
             return _run(arguments)
     return _run(arguments)

@@ -20,7 +20,7 @@ from torchflat.audit.report import Report
 from torchflat.audit.run import Interrupted, audit
 from torchflat.audit.task import Task, load_task
 from torchflat.cli.flags import key_values
-from torchflat.cli.folder import claim, discard_if_empty, fresh, latest_partial
+from torchflat.cli.folder import claim, discard_if_empty, fresh, latest_partial, write_text
 from torchflat.cli.progress import Bars, say
 from torchflat.distributed import Team
 from torchflat.errors import UsageError
@@ -32,7 +32,7 @@ GATE_TRIPPED, INCONCLUSIVE, INTERRUPTED = 1, 4, 130
 
 @dataclasses.dataclass(frozen=True)
 class Audit:
-    """Measure how sharp a checkpoint is: λ₁ with its interval, eigenvalues, trace, density, and every block.
+    """Measure how sharp a checkpoint is: λ₁ with its interval, the spectrum, every block, and the flatness profile.
 
     With no checkpoint and no task, the small trained network that ships with torchflat is audited on the digits that
     ship with it. A folder of checkpoints is audited as a trajectory. --task imports and runs the code it names.
@@ -138,7 +138,7 @@ class Audit:
             print(report.to_json(), end="")
         else:
             if self.json is not None:
-                _write_text(Path(self.json), report.to_json())
+                write_text(Path(self.json), report.to_json())
             print(report.text(), end="")
         say(f"the report is in {folder / 'report.html'}")
 
@@ -169,8 +169,8 @@ class Audit:
         from torchflat.audit import page
 
         contents = [report.content for report in reports]
-        _write_text(folder / "trajectory.html", page.trajectory_page(contents))
-        _write_text(folder / "trajectory.json", json.dumps(contents, indent=2) + "\n")
+        write_text(folder / "trajectory.html", page.trajectory_page(contents))
+        write_text(folder / "trajectory.json", json.dumps(contents, indent=2) + "\n")
         if self.json == "-":
             print(json.dumps(contents, indent=2))
         else:
@@ -195,7 +195,8 @@ def _exit_code(report: Report, conditions: Sequence[gates.Gate]) -> int:
 
 
 def _inconclusive(part: dict[str, Any]) -> bool:
-    return bool(part.get("status", "CONVERGED") != "CONVERGED")
+    # The last two are findings about the loss: no budget would change them.
+    return part.get("status", "CONVERGED") not in ("CONVERGED", "INCONSISTENT", "TRUNCATED")
 
 
 def _finished(folder: Path) -> Report | None:
@@ -204,10 +205,3 @@ def _finished(folder: Path) -> Report | None:
         return None
     report = Report.load(folder)
     return report if report.content["status"] == "complete" else None
-
-
-def _write_text(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from error

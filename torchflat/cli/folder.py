@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torchflat.errors import UsageError
 
-__all__ = ["claim", "discard_if_empty", "fresh", "latest_partial"]
+__all__ = ["claim", "discard_if_empty", "fresh", "latest_partial", "write_text"]
 
 PREFIX = "torchflat-audit-"
 
@@ -32,10 +32,10 @@ def claim(folder: Path, force: bool) -> Path:
     return folder
 
 
-def fresh() -> Path:
-    """Make the first of ``torchflat-audit-1``, ``-2``, … that is not there yet."""
+def fresh(command: str = "audit") -> Path:
+    """Make the first of ``torchflat-audit-1``, ``-2``, … that is not there yet; of another command, with its name."""
     for number in itertools.count(1):
-        folder = Path(f"{PREFIX}{number}")
+        folder = Path(f"torchflat-{command}-{number}")
         try:
             folder.mkdir()
         except FileExistsError:
@@ -65,3 +65,11 @@ def latest_partial() -> Path:
     if not found:
         raise UsageError(f"no folder {PREFIX}N here holds a partial report: name it with --out")
     return max(found, key=lambda path: path.stat().st_mtime).parent
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, or say in one line why it cannot be written."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error
