@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from torchflat import ops
 from torchflat.errors import NonFiniteError, UsageError
+from torchflat.flatness import variation
 from torchflat.objective import Objective
 from torchflat.ops import reference
 from torchflat.problems import PROBLEMS, Problem
@@ -44,6 +45,8 @@ ROUNDING_UNITS = 64.0
 POWER_RATIO = 0.7
 # Sampling error of a density goes with 1/√n: below this many eigenvalues the check could hardly fail.
 DENSITY_SIZE = 100
+# Where the variation is checked.
+RADIUS = 0.05
 # Fewer rows are not worth sampling.
 MULTILEVEL_ROWS = 4000
 
@@ -170,11 +173,18 @@ def _checks() -> Iterator[Check]:
 
 
 def _problem_checks(problem: Problem) -> dict[str, Measure]:
+    checks: dict[str, Measure] = {}
+    change = problem.variation(RADIUS)
+    if change:
+        checks["variation"] = functools.partial(_variation, problem, change)
     spectrum, largest, total = problem.eigenvalues(), problem.sharpness(), problem.trace()
     if spectrum is None or largest is None or total is None:
-        return {}
+        return checks
     n = len(spectrum)
-    checks: dict[str, Measure] = {"sharpness": functools.partial(_sharpness, problem, largest, "lanczos")}
+    if n >= DENSITY_SIZE:
+        # Hundreds of eigenvalues close together: thousands of gradients.
+        checks.clear()
+    checks["sharpness"] = functools.partial(_sharpness, problem, largest, "lanczos")
     if _power_is_fast(spectrum):
         checks["power"] = functools.partial(_sharpness, problem, largest, "power")
     if problem.rows >= MULTILEVEL_ROWS:
@@ -200,6 +210,13 @@ def _sharpness(problem: Problem, known: float, method: str, seed: int, rtol: flo
     # Power iteration settles without a proof more often than not; that its interval holds is all it claims.
     status = None if answer.status is Status.NOT_CERTIFIED else answer.status
     return _found(known, answer, answer.cost, status)
+
+
+def _variation(problem: Problem, known: float, seed: int, rtol: float) -> Finding:
+    answer = variation(problem.objective(), [RADIUS], seed=seed, budget=BUDGET)
+    value, floor = answer.values[0], answer.floor[0]
+    # Attained, and so no larger than what is known; and no smaller than its accuracy allows.
+    return Finding(known, value - floor, value * (1 + answer.accuracy[0]) + floor, 0.0, answer.status)
 
 
 def _eigenpairs(problem: Problem, known: Tensor, which: str, seed: int, rtol: float) -> Finding:

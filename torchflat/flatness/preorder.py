@@ -115,7 +115,7 @@ def compare(
     sampled = _sampled(f, g, first, second, confidence, seed)
     profiles = Profiles(first, second, sampled, tolerance)
     limit, curved = profiles.at_small_radii(), profiles.on_curved_range()
-    chosen: Decision = limit if first.critical and second.critical else curved
+    chosen = _chosen(limit, curved, first, second)
     mismatch = first.level - second.level
     if abs(mismatch) > LEVEL * max(abs(first.level), abs(second.level)):
         cautions.append(f"the loss is {first.level:.4g} at the first point and {second.level:.4g} at the second")
@@ -172,6 +172,14 @@ def is_flat_against(f: Objective, points: Sequence[Tensor], **options: object) -
     return FlatAgainst(None if Verdict.UNDECIDED in verdicts else True, comparisons)
 
 
+def _chosen(limit: Decision, curved: Decision, first: Variation, second: Variation) -> Decision:
+    """Take the limit's decision at critical points, unless it hangs on orders that could not be told."""
+    if not (first.critical and second.critical):
+        return curved
+    told = all(found.order is not None and found.order.exact for found in (first, second))
+    return limit if told or limit.verdict is not Verdict.UNDECIDED else curved
+
+
 def _checked_pair(f: Objective, g: Objective) -> list[str]:
     """Refuse what cannot be compared, and return what must be said about the rest."""
     if f.rows != g.rows or f.fingerprint() != g.fingerprint():
@@ -192,7 +200,7 @@ def _checked_pair(f: Objective, g: Objective) -> list[str]:
 def _sampled(
     f: Objective, g: Objective, first: Variation, second: Variation, confidence: float, seed: int
 ) -> tuple[float, ...]:
-    """How far f°(x, r) − f°(y, r) moves, at each radius, by the draw of the rows, which are the same for both."""
+    """How far f° of the two move apart, at each radius, by the draw of the rows, which are the same for both."""
     count = min(len(first.radii), len(second.radii))
     if f.rows < FEWEST_ROWS:
         return (0.0,) * count
@@ -206,8 +214,16 @@ def _sampled(
     pairs = list(zip(changes(f, first), changes(g, second), strict=True))
     if not all(a.cut == b.cut and a.units.equal(b.units) and a.weights.equal(b.weights) for a, b in pairs):
         return (0.0,) * count
-    spreads = (standard_error(_with_sums(a, a.sums - b.sums)) for a, b in pairs)
-    return tuple(t_quantile(confidence, freedom) * error if error else 0.0 for error, freedom in spreads)
+    return tuple(_chance(a, b, confidence) for a, b in pairs)
+
+
+def _chance(a: Forms, b: Forms, confidence: float) -> float:
+    """How far chance moves the ratio of two means over the same rows, times the larger: t·s(small − ratio·large)."""
+    small, large = sorted((a, b), key=lambda forms: abs(forms.mean))
+    if large.mean == 0:
+        return 0.0
+    error, freedom = standard_error(_with_sums(a, small.sums - small.mean / large.mean * large.sums))
+    return t_quantile(confidence, freedom) * error if error else 0.0
 
 
 def _with_sums(forms: Forms, sums: Tensor) -> Forms:

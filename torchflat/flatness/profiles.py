@@ -175,6 +175,10 @@ def _power(r: float, s: float, at_r: float, at_s: float) -> float:
 
 
 def shared(first: Sequence[float], second: Sequence[float]) -> list[float]:
-    """Return a ladder on the range that two ladders share, with as many radii; empty if that spans no factor of 4."""
-    low, high = max(first[0], second[0]), min(first[-1], second[-1])
+    """Return one ladder for two: from the larger of their first radii to the larger of their last, with as many radii.
+
+    So far out one loss has changed by more than its size, and the curvature of the other shows. Empty if that spans no
+    factor of 4.
+    """
+    low, high = max(first[0], second[0]), max(first[-1], second[-1])
     return geometric(low, high, max(len(first), len(second))) if high >= 4 * low else []

@@ -38,10 +38,12 @@ SMALL_BRANCHES, BRANCHES = (4, 0.3), (2, 0.8)
 RANDOM_STARTS = 6
 # Differences of gradients from which the quadratic model is made.
 MODEL_STEPS = 12
-# Gradients that one climb may take.
-LONGEST_CLIMB = 100
+# Gradients that one climb may take, and has in any case.
+LONGEST_CLIMB, SHORTEST_CLIMB = 100, 3
 # Starts closer than this are the same.
 SAME = 0.9999
+# Gradients that the rounding floor of one value takes: two evaluations of the loss.
+FLOOR_COST = 2 / 3
 # Vectors of the length of x that a search holds at its peak, besides the model's.
 VECTORS = 40
 # Values and slopes agree if log f° grows between two radii as the slopes say, to this.
@@ -139,6 +141,7 @@ class Search:
         self.branches = SMALL_BRANCHES if self.small else BRANCHES
         self.stopped = False
         self.peaks: list[Peak] = []
+        self.waiting, self.reserve = 1, 0.0
         f.memory.keep_vectors(self, VECTORS * self.surface.x.nbytes)
 
     def __enter__(self) -> Search:
@@ -154,10 +157,11 @@ class Search:
 
     def run(self, radii: list[float]) -> Variation:
         """Find f° at these radii, which ascend."""
+        self.reserve = FLOOR_COST * (len(radii) + 2)
         self.peaks = self._upwards(radii)
         if self.peaks and not self.small and self._affordable():
             # One start that owes nothing to the model: it rarely finds more, and would show that there is.
-            last, radius = self.peaks[-1], radii[len(self.peaks) - 1]
+            last, radius, self.waiting = self.peaks[-1], radii[len(self.peaks) - 1], 2
             self.peaks[-1] = max([last, *self._climbed([self._random_offset(radius)], radius, last.rise)], key=_rise)
         if not self.stopped:
             self._downwards(radii, self.peaks)
@@ -170,14 +174,23 @@ class Search:
         within = [each for each in near if each.place.distance <= radius]
         return None if self.surface.unbounded <= radius else max([*peaks, *within], key=_rise, default=None)
 
+    def _longest(self) -> int:
+        """Gradients for one climb: no more than its radius may have of what is left."""
+        return max(SHORTEST_CLIMB, min(LONGEST_CLIMB, int(self._left() / max(1, self.waiting))))
+
     def _affordable(self) -> bool:
-        return (self.f.cost - self.before).gradients < self.budget and not self.stopped
+        return self._left() > 0 and not self.stopped
+
+    def _left(self) -> float:
+        """Gradients left, less those that the floors take in the end."""
+        return self.budget - (self.f.cost - self.before).gradients - self.reserve
 
     def _upwards(self, radii: list[float]) -> list[Peak]:
         """Follow branches from the smallest radius to the largest."""
         best: list[Peak] = []
         branches: list[Peak] = []
         for i, radius in enumerate(radii):
+            self.waiting = len(radii) - i
             starts = [peak.place.offset * (radius / peak.place.distance) for peak in branches if peak.place.distance]
             starts += self._model_starts(radius, starts)
             if self.small and i in (0, len(radii) // 2, len(radii) - 1):
@@ -230,7 +243,7 @@ class Search:
             if peaks and not (self._affordable() and (self.small or abs(place.change) > self.branches[1] * known)):
                 break
             sign = math.copysign(1.0, place.change)
-            climb = Climb(self.surface, radius, sign, self.tolerance, LONGEST_CLIMB, known, peaks)
+            climb = Climb(self.surface, radius, sign, self.tolerance, self._longest(), known, peaks)
             peaks.append(climb.from_(place))
             known = max(known, peaks[-1].rise)
         return peaks
