@@ -215,8 +215,8 @@ def _sharpness(problem: Problem, known: float, method: str, seed: int, rtol: flo
 def _variation(problem: Problem, known: float, seed: int, rtol: float) -> Finding:
     answer = variation(problem.objective(), [RADIUS], seed=seed, budget=BUDGET)
     value, floor = answer.values[0], answer.floor[0]
-    # Attained, and so no larger than what is known; and no smaller than its accuracy allows.
-    return Finding(known, value - floor, value * (1 + answer.accuracy[0]) + floor, 0.0, answer.status)
+    # Attained, and so no larger than what is known but for rounding; and no smaller than its accuracy allows.
+    return Finding(known, value * (1 - 1e-12) - floor, value * (1 + answer.accuracy[0]) + floor, 0.0, answer.status)
 
 
 def _eigenpairs(problem: Problem, known: Tensor, which: str, seed: int, rtol: float) -> Finding:

@@ -34,8 +34,8 @@ SMALL_RADII, RADII = 25, 8
 SMALL_CLEARANCE, CLEARANCE = (1e4, 1e4), (1e2, 1e2)
 # Branches that are followed from radius to radius, and how low one may be, relative to the best, to be climbed from.
 SMALL_BRANCHES, BRANCHES = (4, 0.3), (2, 0.8)
-# Random starts at the ends and in the middle of a ladder of a small problem.
-RANDOM_STARTS = 6
+# Random starts of a small problem, at the ends and in the middle of its ladder.
+RANDOM_STARTS = 24
 # Differences of gradients from which the quadratic model is made.
 MODEL_STEPS = 12
 # Gradients that one climb may take, and has in any case.
@@ -189,12 +189,13 @@ class Search:
         """Follow branches from the smallest radius to the largest."""
         best: list[Peak] = []
         branches: list[Peak] = []
+        anew = {0, len(radii) // 2, len(radii) - 1}
         for i, radius in enumerate(radii):
             self.waiting = len(radii) - i
             starts = [peak.place.offset * (radius / peak.place.distance) for peak in branches if peak.place.distance]
             starts += self._model_starts(radius, starts)
-            if self.small and i in (0, len(radii) // 2, len(radii) - 1):
-                starts += [self._random_offset(radius) for _ in range(RANDOM_STARTS)]
+            if self.small and i in anew:
+                starts += [self._random_offset(radius) for _ in range(RANDOM_STARTS // len(anew))]
             peaks = self._climbed(starts, radius)
             if best:
                 peaks.append(best[-1])
