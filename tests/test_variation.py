@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from brute_force import largest_change
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -165,15 +165,16 @@ def test_maximum_on_a_ball(seed: int, n: int, shift: float, hard: bool) -> None:
     assert reached == pytest.approx(float(quadratic_maximum(slopes, torch.diag(values), 0.7)), rel=1e-8, abs=1e-12)
 
 
-@settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 2**32), k=st.integers(1, 6))
+@settings(max_examples=300, deadline=None)
+@given(seed=st.integers(0, 2**32), k=st.integers(1, 7))
+@example(seed=198, k=6)
 def test_shortest_combination_is_optimal(seed: int, k: int) -> None:
     rows = torch.randn(k, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.5
     weights = shortest_combination(rows @ rows.T)
     assert float(weights.min()) >= 0 and float(weights.sum()) == pytest.approx(1)
     shortest = weights @ rows
     # Optimal exactly if no row reaches less far along it than it does itself.
-    assert float((rows @ shortest).min()) >= float(shortest @ shortest) - 1e-6 * float((rows * rows).sum())
+    assert float((rows @ shortest).min()) >= float(shortest @ shortest) - 1e-10 * float((rows * rows).sum())
 
 
 def test_it_does_not_know_the_problems() -> None:
