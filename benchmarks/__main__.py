@@ -3,7 +3,8 @@
 import runpy
 import sys
 
-for name, *arguments in (("products",), ("microbatch",), ("kernels",), ("calibration",), ("sharpness", "--quick")):
+ALL = "products", "microbatch", "kernels", "calibration", "pairs", "profile", "sharpness --quick"
+for name, *arguments in map(str.split, ALL):
     print(f"\n== {name}", flush=True)
     sys.argv[1:] = arguments
     runpy.run_module(f"benchmarks.{name}", run_name="__main__")

@@ -48,11 +48,13 @@ class Pair:
 
 def pairs(seed: int, count: int) -> Iterator[Pair]:
     """Draw so many pairs, of all kinds and gaps in turn."""
-    streams = np.random.default_rng(seed)
-    for i in range(count):
-        source = torch.Generator().manual_seed(int(streams.integers(2**62)))
-        kind, gap = KINDS[i % len(KINDS)], GAPS[i // len(KINDS) % len(GAPS)]
-        yield MAKERS[kind](source, gap)
+    return (pair(seed, i) for i in range(count))
+
+
+def pair(seed: int, i: int) -> Pair:
+    """Draw the pair at place ``i`` of those that ``seed`` gives."""
+    source = torch.Generator().manual_seed(int(np.random.default_rng([seed, i]).integers(2**62)))
+    return MAKERS[KINDS[i % len(KINDS)]](source, GAPS[i // len(KINDS) % len(GAPS)])
 
 
 def _normal(*shape: int, source: torch.Generator) -> Tensor:
@@ -147,32 +149,54 @@ MAKERS: dict[str, Callable[[torch.Generator, str], Pair]] = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
+class Judgement:
+    """What compare() said of a pair, and what is wrong with it, if anything."""
+
+    said: str
+    wrong: str | None
+    mirrored: bool
+    clear: bool
+    undecided: bool
+    gradients: float
+
+
+def judge(pair: Pair, mirror: bool = True) -> Judgement:
+    """Compare the pair, in both orders if asked."""
+    answer = compare(pair.first, pair.second)
+    verdict = answer.verdict
+    strict = verdict in (Verdict.FLATTER, Verdict.SHARPER)
+    fails = verdict is not pair.truth if strict else pair.difference > answer.tolerance
+    name = f"{pair.kind}, {pair.gap}, λ₁ {pair.sharpness[0]:.9g} and {pair.sharpness[1]:.9g}: {verdict.name}"
+    return Judgement(
+        said=f"{pair.kind}, {pair.gap}: {verdict.name}",
+        wrong=f"{name} by {answer.decided_by}" if fails and verdict is not Verdict.UNDECIDED else None,
+        mirrored=not mirror or compare(pair.second, pair.first).verdict is verdict.mirrored,
+        clear=pair.difference > 0.05,
+        undecided=verdict is Verdict.UNDECIDED,
+        gradients=answer.cost.gradients,
+    )
+
+
+@dataclass(frozen=True)
 class Tally:
-    """What compare() said of many pairs. ``wrong`` names strict verdicts that do not hold."""
+    """Counts of many judgements."""
 
     said: collections.Counter[str]
     wrong: list[str]
-    not_mirrored: list[str]
-    clear: int = 0
-    clear_undecided: int = 0
+    not_mirrored: int
+    clear: int
+    clear_undecided: int
 
 
-def tally(drawn: Iterable[Pair], mirror: bool = True) -> Tally:
-    """Compare each pair, in both orders, and count."""
-    result = Tally(collections.Counter(), [], [])
-    for i, pair in enumerate(drawn):
-        name = f"{i}: {pair.kind}, {pair.gap}, λ₁ {pair.sharpness[0]:.9g} and {pair.sharpness[1]:.9g}"
-        answer = compare(pair.first, pair.second)
-        verdict = answer.verdict
-        result.said[f"{pair.gap}: {verdict.name}"] += 1
-        if verdict in (Verdict.FLATTER, Verdict.SHARPER) and verdict is not pair.truth:
-            result.wrong.append(f"{name}: {verdict.name} by {answer.decided_by}")
-        if verdict is Verdict.EQUIVALENT and pair.difference > answer.tolerance:
-            result.wrong.append(f"{name}: EQUIVALENT")
-        if pair.difference > 0.05:
-            result.clear += 1
-            result.clear_undecided += verdict is Verdict.UNDECIDED
-        if mirror and compare(pair.second, pair.first).verdict is not verdict.mirrored:
-            result.not_mirrored.append(name)
-    return result
+def tally(judgements: Iterable[Judgement]) -> Tally:
+    """Count."""
+    all_of_them = list(judgements)
+    clear = [each for each in all_of_them if each.clear]
+    return Tally(
+        said=collections.Counter(each.said for each in all_of_them),
+        wrong=[each.wrong for each in all_of_them if each.wrong is not None],
+        not_mirrored=sum(not each.mirrored for each in all_of_them),
+        clear=len(clear),
+        clear_undecided=sum(each.undecided for each in clear),
+    )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from pairs import pairs, tally
+from pairs import judge, pairs, tally
 from torch import Tensor, nn
 
 from torchflat import Objective, Verdict, compare, is_flat_against
@@ -91,15 +91,15 @@ def test_examples_of_the_sheet(fn: Function, x: Point, y: Point, verdict: Verdic
 
 @pytest.mark.parametrize("seed", [11])
 def test_random_pairs(seed: int) -> None:
-    result = tally(pairs(seed, 12), mirror=False)
+    result = tally(judge(pair, mirror=False) for pair in pairs(seed, 12))
     assert not result.wrong, result
     assert result.clear_undecided <= 0.1 * result.clear, result
-    assert result.said["equal: EQUIVALENT"] == 4, result
+    assert sum(count for said, count in result.said.items() if said.endswith("equal: EQUIVALENT")) == 4, result
 
 
 @pytest.mark.slow
 def test_many_random_pairs() -> None:
-    result = tally(pairs(12, 120))
+    result = tally(map(judge, pairs(12, 120)))
     assert not result.wrong and not result.not_mirrored, result
     assert result.clear_undecided <= 0.1 * result.clear, result
 
