@@ -1,0 +1,105 @@
+"""Couplings: channels shared by the slices of parameters that write them and those that read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["Coupling", "Member"]
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """The slices of one parameter that a coupling acts on: writers have a positive exponent, readers a negative one.
+
+    Slice ``i`` is ``index[i]`` along ``axis``; where ``axis`` is None, ``index`` is (m, e) and its rows are entries of
+    the flattened parameter. Slice i belongs to channel ``channel[i]`` of the coupling, and is multiplied by
+    exp(exponent · z) where that channel is rescaled by exp(z).
+
+    >>> reader = Member("fc2.weight", 1, torch.arange(3), torch.arange(3), -1.0)
+    >>> reader.slices(torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])).tolist()
+    [[1.0, 4.0], [2.0, 5.0], [3.0, 6.0]]
+    """
+
+    parameter: str
+    axis: int | None
+    index: Tensor
+    channel: Tensor
+    exponent: float
+
+    def slices(self, tensor: Tensor) -> Tensor:
+        """Return the slices of the parameter, or of anything of its shape, as the rows of a matrix (m, e)."""
+        if self.axis is None:
+            return tensor.reshape(-1)[self.index.to(tensor.device)]
+        rows = tensor.index_select(self.axis, self.index.to(tensor.device))
+        return rows.movedim(self.axis, 0).reshape(len(self.index), -1)
+
+    def with_slices(self, tensor: Tensor, rows: Tensor) -> Tensor:
+        """Return a copy of ``tensor`` in which the slices are ``rows`` (m, e)."""
+        if self.axis is None:
+            return (
+                tensor.reshape(-1)
+                .index_copy(0, self.index.reshape(-1).to(tensor.device), rows.reshape(-1))
+                .view_as(tensor)
+            )
+        front = tensor.movedim(self.axis, 0)
+        changed = front.index_copy(0, self.index.to(tensor.device), rows.reshape(-1, *front.shape[1:]))
+        return changed.movedim(0, self.axis).contiguous()
+
+
+@dataclass(frozen=True, eq=False)
+class Coupling:
+    """Channels through which parameters can be traded against each other without changing what the network computes.
+
+    ``kind`` tells the group. "diagonal": each channel c by itself by a positive factor exp(z_c), slices of channel c by
+    exp(exponent · z_c). "full": all channels are mixed by any invertible matrix. There the slices of a member come as
+    one or more runs through all channels in order, exponents are ±1, and a positive definite G acts on a run M (r, e)
+    as M ↦ G^exponent M.
+
+    The conserved quantity, with M over all runs of all members:
+
+        diagonal:  C_c = Σ exponent · |slice of channel c|²,  (size,)
+        full:      C = Σ exponent · MMᵀ,                      (size, size), symmetric.
+
+    >>> rows = torch.arange(2)
+    >>> coupling = Coupling("a → b", 2, (Member("a", 0, rows, rows, 1.0), Member("b", 1, rows, rows, -1.0)), "diagonal")
+    >>> a, b = torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 2.0]])
+    >>> coupling.value({"a": a, "b": b}).tolist()
+    [8.0, -3.0]
+    """
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+    kind: Literal["diagonal", "full"]
+
+    @property
+    def laws(self) -> int:
+        """Number of independent conserved numbers, where no channel is degenerate."""
+        return self.size if self.kind == "diagonal" else self.size * (self.size + 1) // 2
+
+    def value(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return C, in float64, of the parameters, or of anything in their shapes such as a gradient."""
+        return self.product(tensors, tensors)
+
+    def product(self, left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tensor:
+        """Return the symmetric bilinear form whose value at (x, x) is C(x): twice this at (x, ∇f) is dC/dt, hence 0."""
+        total = torch.zeros(self.size if self.kind == "diagonal" else (self.size, self.size), dtype=torch.float64)
+        for member in self.members:
+            a = member.slices(left[member.parameter].detach()).double().cpu()
+            b = member.slices(right[member.parameter].detach()).double().cpu()
+            if self.kind == "diagonal":
+                total.index_add_(0, member.channel, (a * b).sum(1), alpha=member.exponent)
+            else:
+                for first, second in zip(_runs(a, self.size), _runs(b, self.size), strict=True):
+                    mixed = first @ second.T
+                    total += member.exponent / 2 * (mixed + mixed.T)
+        return total
+
+
+def _runs(slices: Tensor, size: int) -> Iterator[Tensor]:
+    yield from slices.split(size)
