@@ -99,7 +99,7 @@ class Options(Setting):
 class CompareOptions(Setting):
     """How two checkpoints are compared."""
 
-    tolerance: float = 1e-2
+    tolerance: float = 5e-2
     """Relative difference of the flatness profiles that counts as none."""
     confidence: float = 0.99
     """With which a difference is not the chance in the rows of the data."""

@@ -57,8 +57,9 @@ class Variation(Answer):
     Every value is attained: ``points[i]`` (n,) lies within ``radii[i]`` of x, and f changes there by
     ``signs[i]·values[i]``. So it is a lower bound, and the maximum as far as all starts and the slopes tell: at a
     maximiser y, d f°/dr = |∇f(y)| (T094), and ``disagreements[i]`` is by how much log f° grows otherwise from radius i
-    to i + 1. ``floor`` is how far each value moves when y moves by one rounding, and ``accuracy`` how far the climb may
-    have ended below its peak, relative to the value; other peaks are not in it. ``order`` describes r → 0.
+    to i + 1. ``floor`` is how far each value moves when y moves by one rounding: a value that is no larger says only
+    that f° is no larger. ``accuracy`` is how far the climb may have ended below its peak, relative to the value; other
+    peaks are not in it. ``order`` describes r → 0.
 
     ``critical`` tells whether nothing leads down from x at first order, as far as rounding lets see: ∇f(x) = 0, or x is
     on a kink. ``unbounded`` is a distance at which f was found not to be finite: the radii end before it.
