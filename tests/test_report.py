@@ -580,7 +580,7 @@ def test_text_tells_the_chance_of_the_data_from_that_of_the_measurement() -> Non
 
 def test_text_and_page_say_how_passes_went_through_the_data() -> None:
     report = fake_report()
-    said = "1,000 rows at once (as given), 7 of 10 graphs kept in the end, 9 expected, 40 KiB a row"
+    said = "up to 1,000 rows at once (as given), 7 of 10 graphs kept in the end, 9 expected, 40 KiB a row"
     assert said in " ".join(Report(report).text().split())
     assert f"Passes over the data: {said}." in page.report_page(report, {})
     report["provenance"]["plan"] = {"microbatch": None, "reason": "batches cannot be cut", "graphs": None, "kept": 0}

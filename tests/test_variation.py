@@ -230,6 +230,14 @@ def test_the_budget_and_the_callback_end_a_search() -> None:
     assert seen == [RADII[0]] and len(stopped.values) == 1
 
 
+@pytest.mark.parametrize("budget", [70.0, 85.5, 101.3, 120.0])
+def test_a_budget_that_suffices_for_the_model_is_never_exceeded(budget: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 300), nn.ReLU(), nn.Linear(300, 2))
+    f = Objective(model, nn.functional.cross_entropy, (torch.randn(50, 4), torch.randint(2, (50,))))
+    assert variation(f, budget=budget).cost.gradients <= budget
+
+
 @pytest.mark.parametrize("radii", [[], [0.0], [-1.0, 0.1], [math.inf], [math.nan]])
 def test_radii_must_be_positive(radii: list[float]) -> None:
     with pytest.raises(UsageError, match="positive"):

@@ -21,7 +21,7 @@ class Status(enum.Enum):
     """
 
     CONVERGED = "the interval is as narrow as was asked for, at the confidence asked for"
-    BUDGET = "the budget was spent before the interval was narrow enough: raise the budget or rtol"
+    BUDGET = "the budget was spent before the answer was as accurate as asked for: raise the budget or rtol"
     ROUNDING_LIMITED = (
         "the interval is as narrow as rounding lets it be, and wider than was asked for: "
         "raise rtol or use dtype=torch.float64"

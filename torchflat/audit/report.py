@@ -328,16 +328,16 @@ def footer_text(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def plan_sentence(plan: Mapping[str, Any] | None) -> str:
-    """Say how passes went through the data: ``128 rows at once (as given), 3 of 8 graphs kept, 12 KiB a row``."""
+    """Say how passes went through the data: ``up to 128 rows at once (as given), 3 of 8 graphs kept, 12 KiB a row``."""
     if not plan:
         return ""
     rows, graphs, each = plan.get("microbatch"), plan.get("graphs"), plan.get("bytes_per_row")
     reason = plan.get("reason", "")
-    facts = [reason if rows is None else f"{count(rows)} rows at once" + (f" ({reason})" if reason else "")]
+    facts = [reason if rows is None else f"up to {count(rows)} rows at once" + (f" ({reason})" if reason else "")]
     if graphs is not None:
-        planned = plan.get("planned")
-        expected = "" if planned is None else f", {count(planned)} expected"
-        facts.append(f"{count(plan.get('kept'))} of {count(graphs)} graphs kept in the end{expected}")
+        kept, planned = plan.get("kept"), plan.get("planned")
+        expected = "" if planned in (None, kept) else f" in the end, {count(planned)} expected"
+        facts.append(f"{count(kept)} of {count(graphs)} graphs kept{expected}")
     if each is not None:
         facts.append(f"{memory(each)} a row")
     return ", ".join(fact for fact in facts if fact)

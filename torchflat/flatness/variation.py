@@ -38,12 +38,13 @@ SMALL_BRANCHES, BRANCHES = (4, 0.3), (2, 0.8)
 RANDOM_STARTS = 24
 # Differences of gradients from which the quadratic model is made.
 MODEL_STEPS = 12
-# Gradients that one climb may take, and has in any case.
+# Gradients that one climb may take, and has while there are as many.
 LONGEST_CLIMB, SHORTEST_CLIMB = 100, 3
 # Starts closer than this are the same.
 SAME = 0.9999
-# Gradients that the rounding floor of one value takes: two evaluations of the loss.
-FLOOR_COST = 2 / 3
+# Gradients that the rounding floor of one value takes, two evaluations of the loss; and those that it takes to tell
+# whether x is critical, with two more by which the last climb may exceed it.
+FLOOR_COST, CRITICAL_COST = 2 / 3, 4
 # Vectors of the length of x that a search holds at its peak, besides the model's.
 VECTORS = 40
 # Values and slopes agree if log f° grows between two radii as the slopes say, to this.
@@ -158,7 +159,7 @@ class Search:
 
     def run(self, radii: list[float]) -> Variation:
         """Find f° at these radii, which ascend."""
-        self.reserve = FLOOR_COST * (len(radii) + 2)
+        self.reserve = FLOOR_COST * len(radii) + CRITICAL_COST
         self.peaks = self._upwards(radii)
         if self.peaks and not self.small and self._affordable():
             # One start that owes nothing to the model: it rarely finds more, and would show that there is.
@@ -177,7 +178,8 @@ class Search:
 
     def _longest(self) -> int:
         """Gradients for one climb: no more than its radius may have of what is left."""
-        return max(SHORTEST_CLIMB, min(LONGEST_CLIMB, int(self._left() / max(1, self.waiting))))
+        share = max(SHORTEST_CLIMB, min(LONGEST_CLIMB, int(self._left() / max(1, self.waiting))))
+        return max(1, min(share, int(self._left())))
 
     def _affordable(self) -> bool:
         return self._left() > 0 and not self.stopped
@@ -238,7 +240,7 @@ class Search:
 
     def _climbed(self, starts: list[Tensor], radius: float, known: float = 0.0) -> list[Peak]:
         """Climb from each start that promises something, in the direction of the change that it has."""
-        tried = [self.surface.place(start, radius) for start in starts]
+        tried = [self.surface.place(start, radius) for i, start in enumerate(starts) if i == 0 or self._affordable()]
         places = sorted((place for place in tried if place is not None), key=lambda place: -abs(place.change))
         peaks: list[Peak] = []
         for place in places:
@@ -281,8 +283,10 @@ class Search:
             return Status.TRUNCATED if self._affordable() else Status.BUDGET
         if drowned:
             return Status.ROUNDING_LIMITED
-        if max(disagreements, default=0.0) > AGREEMENT or not all(peak.settled for peak in best):
+        if max(disagreements, default=0.0) > AGREEMENT:
             return Status.INCONSISTENT
+        if not all(peak.settled for peak in best):
+            return Status.INCONSISTENT if self._left() > SHORTEST_CLIMB else Status.BUDGET
         return Status.CONVERGED
 
 
