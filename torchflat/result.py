@@ -20,7 +20,7 @@ class Status(enum.Enum):
     (True, False)
     """
 
-    CONVERGED = "the interval is as narrow as was asked for, at the confidence asked for"
+    CONVERGED = "the answer is as accurate as was asked for, at the confidence asked for"
     BUDGET = "the budget was spent before the answer was as accurate as asked for: raise the budget or rtol"
     ROUNDING_LIMITED = (
         "the interval is as narrow as rounding lets it be, and wider than was asked for: "

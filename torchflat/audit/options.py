@@ -106,7 +106,7 @@ class CompareOptions(Setting):
     radii: tuple[float, ...] | None = None
     """Distances from the points to compare at. Default: the range that suits both."""
     gradients: float | None = None
-    """Gradients for the search at each point. Default: 100, or 20,000 where there are 1,000 parameters at most."""
+    """Gradients for the search at each point. Default: 200, or 20,000 where there are 1,000 parameters at most."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

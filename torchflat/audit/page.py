@@ -296,7 +296,7 @@ def _cost_section(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> s
     )
     peak = total.get("peak_memory_bytes")
     more = "" if peak is None else f"<p>Memory at the peak: {memory(peak)}.</p>"
-    if plan := plan_sentence(report["provenance"].get("plan")):
+    if plan := plan_sentence(report["provenance"].get("plan"), report["cost"]["products"]):
         more += f"<p>Passes over the data: {markup.text(plan)}.</p>"
     return markup.section("cost", "Cost", f"<p>{meaning}</p>{markup.table(heads, rows)}{more}")
 

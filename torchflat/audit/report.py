@@ -313,7 +313,7 @@ def footer_text(report: Mapping[str, Any]) -> Iterator[str]:
         )
         peak = cost.get("peak_memory_bytes")
         yield from wrapped(f"cost: {spent}" + ("" if peak is None else f", {memory(peak)} at the peak"), "·")
-    if plan := plan_sentence(provenance.get("plan")):
+    if plan := plan_sentence(provenance.get("plan"), (cost or {}).get("products", 0)):
         yield from wrapped(f"plan: {plan}", "·")
     facts: Sequence[str | None] = (
         f"torchflat {provenance['torchflat']}",
@@ -327,14 +327,17 @@ def footer_text(report: Mapping[str, Any]) -> Iterator[str]:
     yield from wrapped(", ".join(fact for fact in facts if fact), "·")
 
 
-def plan_sentence(plan: Mapping[str, Any] | None) -> str:
-    """Say how passes went through the data: ``up to 128 rows at once (as given), 3 of 8 graphs kept, 12 KiB a row``."""
+def plan_sentence(plan: Mapping[str, Any] | None, products: float) -> str:
+    """Say how passes went through the data: ``up to 128 rows at once (as given), 3 of 8 graphs kept, 12 KiB a row``.
+
+    Graphs are kept for ``products`` only.
+    """
     if not plan:
         return ""
     rows, graphs, each = plan.get("microbatch"), plan.get("graphs"), plan.get("bytes_per_row")
     reason = plan.get("reason", "")
     facts = [reason if rows is None else f"up to {count(rows)} rows at once" + (f" ({reason})" if reason else "")]
-    if graphs is not None:
+    if graphs is not None and products:
         kept, planned = plan.get("kept"), plan.get("planned")
         expected = "" if planned in (None, kept) else f" in the end, {count(planned)} expected"
         facts.append(f"{count(kept)} of {count(graphs)} graphs kept{expected}")

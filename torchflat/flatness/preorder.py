@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchflat.errors import UsageError
 from torchflat.flatness.profiles import Decision, Profiles, Verdict, shared
-from torchflat.flatness.variation import Search, Variation, checked
+from torchflat.flatness.variation import SMALL, Search, Variation, checked
 from torchflat.objective import Objective
 from torchflat.objective.forms import Forms
 from torchflat.result import Answer, Cost
@@ -21,6 +21,8 @@ __all__ = ["Comparison", "FlatAgainst", "compare", "is_flat_against"]
 
 # Groups of rows from which the data's chance is told, and the fewest rows for that.
 GROUPS, FEWEST_ROWS = 64, 64
+# Gradients for each point of more than SMALL parameters: a comparison hangs on the largest radii, which come last.
+BUDGET = 200.0
 # Losses this close, relative to the larger, are one level.
 LEVEL = 1e-2
 
@@ -80,7 +82,7 @@ def compare(
         tolerance: relative difference of the profiles that counts as none.
         confidence: with which the chance in the data does not make the difference.
         seed: of the random starts, and of the groups of rows.
-        budget: of the search at each point, in full-data gradients; see :func:`variation`.
+        budget: of the search at each point, in full-data gradients; default 200, or 20 000 up to 1 000 parameters.
         callback: called with "first" or "second", a radius, and the value there; a true return value stops that search.
 
     Raises:
@@ -105,7 +107,8 @@ def compare(
 
         def searched(name: str, objective: Objective) -> Search:
             told = None if callback is None else lambda radius, value: callback(name, radius, value)
-            return stack.enter_context(Search(objective, seed, budget, told))
+            granted = BUDGET if budget is None and objective.n > SMALL else budget
+            return stack.enter_context(Search(objective, seed, granted, told))
 
         searches = [searched("first", f), searched("second", g)]
         common = checked(radii) if radii is not None else shared(*(search.ladder() for search in searches))
