@@ -146,6 +146,15 @@ def test_a_trained_network_and_a_rescaled_copy() -> None:
     assert all(chance > 0 for chance in answer.sampled)
 
 
+def test_points_of_one_objective_are_searched_on_a_budget_each() -> None:
+    f = at(regular, (1.0, 1.0))
+    together = compare(f, f.at(torch.tensor([2.0, 0.5], dtype=torch.float64)))
+    apart = compare(at(regular, (1.0, 1.0)), at(regular, (2.0, 0.5)))
+    assert together.cost.gradients == apart.cost.gradients and together.differences == apart.differences
+    searched = apart.first.cost.gradients + apart.second.cost.gradients
+    assert searched <= apart.cost.gradients <= 1.1 * searched + 10
+
+
 def test_a_symmetry_takes_both_to_what_is_compared() -> None:
     model, data = trained()
     f = Objective(model, nn.functional.cross_entropy, data)

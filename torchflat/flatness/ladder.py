@@ -9,7 +9,7 @@ from torch import Tensor
 from torchflat.flatness.quadratic import QuadraticModel
 from torchflat.flatness.surface import Surface
 
-__all__ = ["geometric", "ladder"]
+__all__ = ["geometric", "ladder", "rising_above"]
 
 # Where the loss has no size of its own (it is zero), the ladder ends at this share of |x|.
 REACH = 0.25
@@ -17,6 +17,8 @@ REACH = 0.25
 ROUNDINGS = 10.0
 # Looks for either end.
 LOOKS = 12
+# From one look for curvature to the next.
+STRIDE = 1.5
 
 
 def ladder(surface: Surface, model: QuadraticModel, count: int, clearance: float, steps: float) -> list[float]:
@@ -48,6 +50,21 @@ def ladder(surface: Surface, model: QuadraticModel, count: int, clearance: float
             break
     near = min(near, far / 4)
     return geometric(near, far, count)
+
+
+def rising_above(surface: Surface, model: QuadraticModel, slope: float, radius: float) -> float | None:
+    """Return a radius, no less than the one given, within which f changes by more than ``slope`` times it.
+
+    None if none was found before |x|, or before f ceases to be finite.
+    """
+    for _ in range(LOOKS):
+        height, _ = _highest(surface, model, radius)
+        if height > slope * radius:
+            return radius
+        radius *= STRIDE
+        if math.isnan(height) or radius > surface.size:
+            break
+    return None
 
 
 def geometric(low: float, high: float, count: int) -> list[float]:

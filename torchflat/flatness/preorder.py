@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from torchflat.errors import UsageError
-from torchflat.flatness.profiles import Decision, Profiles, Verdict, shared
+from torchflat.flatness.ladder import geometric
+from torchflat.flatness.profiles import CURVED, Decision, Profiles, Verdict, shared
 from torchflat.flatness.variation import SMALL, Search, Variation, checked
 from torchflat.objective import Objective
 from torchflat.objective.forms import Forms
@@ -23,6 +24,8 @@ __all__ = ["Comparison", "FlatAgainst", "compare", "is_flat_against"]
 GROUPS, FEWEST_ROWS = 64, 64
 # Gradients for each point of more than SMALL parameters: a comparison hangs on the largest radii, which come last.
 BUDGET = 200.0
+# Curvature shows clearly where f° exceeds the bound for it this many times.
+CLEARLY = 1.2
 # Losses this close, relative to the larger, are one level.
 LEVEL = 1e-2
 
@@ -77,7 +80,8 @@ def compare(
     Args:
         f: one objective, at its point.
         g: the same function at another point; or another model on the same data and loss, with a caution.
-        symmetry: takes each objective to the point of its orbit that is to be compared, such as the flattest.
+        symmetry: takes each objective to the point of its orbit that is to be compared (:meth:`Objective.at`), such as
+            the flattest.
         radii: where to compare; by default on the range that is sensible for both.
         tolerance: relative difference of the profiles that counts as none.
         confidence: with which the chance in the data does not make the difference.
@@ -100,9 +104,10 @@ def compare(
     if not 0 <= tolerance < 1 or not 0 < confidence < 1:
         raise UsageError(f"tolerance={tolerance}, confidence={confidence}: both must lie between 0 and 1")
     cautions = _checked_pair(f, g)
+    # Each with a ledger of its own, also where one is derived from the other.
+    ledgers = f, g = f.at(f.x), g.at(g.x)
     if symmetry is not None:
         f, g = symmetry(f), symmetry(g)
-    before = f.cost, g.cost
     with contextlib.ExitStack() as stack:
 
         def searched(name: str, objective: Objective) -> Search:
@@ -111,7 +116,7 @@ def compare(
             return stack.enter_context(Search(objective, seed, granted, told))
 
         searches = [searched("first", f), searched("second", g)]
-        common = checked(radii) if radii is not None else shared(*(search.ladder() for search in searches))
+        common = checked(radii) if radii is not None else _common_radii(searches)
         if not common:
             raise UsageError("the radii that suit the two points do not overlap: give radii=")
         first, second = (search.run(common) for search in searches)
@@ -143,7 +148,7 @@ def compare(
         cautions=tuple(cautions),
         first=first,
         second=second,
-        cost=(f.cost - before[0]) + (g.cost - before[1]),
+        cost=ledgers[0].cost + ledgers[1].cost,
     )
 
 
@@ -173,6 +178,17 @@ def is_flat_against(f: Objective, points: Sequence[Tensor], **options: object) -
     if Verdict.SHARPER in verdicts:
         return FlatAgainst(False, comparisons)
     return FlatAgainst(None if Verdict.UNDECIDED in verdicts else True, comparisons)
+
+
+def _common_radii(searches: Sequence[Search]) -> list[float]:
+    """Return one ladder for both, which goes on to where the curvature of both shows."""
+    common = shared(*(search.ladder() for search in searches))
+    if common:
+        found = [search.curved(CLEARLY * CURVED, common[-1]) for search in searches]
+        far = max((radius for radius in found if radius is not None), default=0.0)
+        if far > common[-1]:
+            common += geometric(common[-1], far, 3)[1:]
+    return common
 
 
 def _chosen(limit: Decision, curved: Decision, first: Variation, second: Variation) -> Decision:

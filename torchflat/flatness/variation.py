@@ -14,7 +14,7 @@ from torch import Tensor
 from torchflat import ops
 from torchflat.errors import UsageError
 from torchflat.flatness.climb import Climb, Peak
-from torchflat.flatness.ladder import ladder
+from torchflat.flatness.ladder import ladder, rising_above
 from torchflat.flatness.order import Order, leading_order
 from torchflat.flatness.quadratic import QuadraticModel
 from torchflat.flatness.surface import Surface
@@ -156,6 +156,10 @@ class Search:
         """Return radii from where rounding shows to where the loss has changed by its own size."""
         count, clearance = (SMALL_RADII, SMALL_CLEARANCE) if self.small else (RADII, CLEARANCE)
         return ladder(self.surface, self.model, count, *clearance)
+
+    def curved(self, share: float, radius: float) -> float | None:
+        """Return a radius, the one given or larger, where f° exceeds |∇f|·r ``share`` times; None if none is found."""
+        return rising_above(self.surface, self.model, share * self.surface.slope, radius)
 
     def run(self, radii: list[float]) -> Variation:
         """Find f° at these radii, which ascend."""
