@@ -50,7 +50,7 @@ def trained(rows: int) -> Objective:
 def quadratic_model(f: Objective) -> tuple[Tensor, Tensor]:
     """Slopes (k,) and curvatures (k,) of the loss in a Krylov space of H that holds the gradient and both ends."""
     g = f.gradient()
-    krylov = Krylov.of(f, 1, "the quadratic model of the benchmark", start=g / torch.linalg.vector_norm(g))
+    krylov = Krylov.of(f, 1, "the quadratic model of the benchmark", start=g / torch.linalg.vector_norm(g), fresh=0.0)
     for _ in range(STEPS):
         krylov.step()
     values, rotation = krylov.ritz()
