@@ -1,4 +1,4 @@
-"""The Gauss–Newton matrix JᵀH_ℓJ as the Hessian of a function of its own, so that all that takes products works on it."""
+"""The Gauss–Newton matrix JᵀH_ℓJ as the Hessian of a function of its own, so that whatever takes products works."""
 
 from __future__ import annotations
 
@@ -31,13 +31,9 @@ class GaussNewtonTerm:
             )
         self.base = term
         self.dtype, self.device, self.notes = term.dtype, term.device, list(term.notes)
+        self.constants: Mapping[str, Tensor] = term.constants
         self.verified = True
         note(self, "products are those of the Gauss–Newton matrix")
-
-    @property
-    def constants(self) -> Mapping[str, Tensor]:
-        """See :class:`Term`."""
-        return self.base.constants
 
     def session(self) -> contextlib.AbstractContextManager[None]:
         """See :class:`Term`."""
@@ -51,6 +47,7 @@ class GaussNewtonTerm:
         """See :class:`Term`."""
         other = copy.copy(self)
         other.base, other.dtype, other.notes = self.base.converted(dtype), dtype, []
+        other.constants = other.base.constants
         return other
 
     def without_fused_kernels(self) -> bool:

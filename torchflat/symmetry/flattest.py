@@ -36,7 +36,7 @@ SHARPNESS_OF_SMOOTHING = 8.0
 RESERVE = 0.25, 80.0
 # The model keeps what is not smaller than this by its largest eigenvalue, in this share of the memory budget.
 FAINT, MEMORY_SHARE, MOST_ROWS, LEAST_ROWS = 1e-2, 1 / 4, 96, 12
-# Eigenvalues of H below zero by less than so many floors are rounding; the steps it may take to see that there are none.
+# Eigenvalues of H below zero by less than so many floors are rounding; steps it may take to see that there are none.
 ROUNDING, PROOF_STEPS = 4, 60
 
 
@@ -136,7 +136,7 @@ def flattest(
         UsageError: an argument is out of range, f has an L2 term, or a coupling does not fit the parameters.
 
     >>> from torchflat.symmetry import Coupling, Member
-    >>> f = Objective.from_function(lambda x: (x[0] * x[1] - 1) ** 2, torch.tensor([3.0, 1 / 3]).double())
+    >>> f = Objective.from_function(lambda x: (x[0] * x[1] - 1) ** 2, torch.tensor([3.0, 1 / 3], dtype=torch.float64))
     >>> entry = [torch.tensor([[i]]) for i in (0, 1)]
     >>> members = Member("x", None, entry[0], torch.zeros(1).long(), 1.0), Member(
     ...     "x", None, entry[1], torch.zeros(1).long(), -1.0)
@@ -196,6 +196,9 @@ class _Search:
                 found = self._round(run)
                 settled = found - predicted <= AGREEMENT * run.rtol * found
                 goes_on = not settled and not self._over(run)
+            if not self.trivial:
+                # What the last run showed costs no product to take into account.
+                self.z = minimised(self.model, self.z, self.power, self.most, warm=True)
             return self._answer(run, before, settled)
 
     def _first(self, run: Run) -> Sharpness:
@@ -267,8 +270,8 @@ class _Search:
         weights = (values.abs() / values.abs().max()) ** (self.power / 16)
         chosen = weights > 1e-3
         rows = self.model.vectors(self.z, vectors[:, chosen] * weights[chosen])
-        start = rows.sum(0)
-        return start / torch.linalg.vector_norm(start)
+        start: Tensor = rows.sum(0)
+        return start.div_(torch.linalg.vector_norm(start))
 
     def _over(self, run: Run) -> bool:
         share, most = RESERVE

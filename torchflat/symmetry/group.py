@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -24,7 +24,8 @@ class HasCouplings(Protocol):
     """Anything that knows the couplings of a network."""
 
     @property
-    def couplings(self) -> Sequence[Coupling]: ...
+    def couplings(self) -> Sequence[Coupling]:
+        """All of them."""
 
 
 def couplings_of(laws: HasCouplings | Sequence[Coupling]) -> tuple[Coupling, ...]:
@@ -94,7 +95,7 @@ class Group:
     def pieces(self, rows: Tensor, z: Tensor, inverse: bool = False) -> Iterator[tuple[slice, Tensor]]:
         """Yield g(z)·rows, or g(z)⁻¹·rows, range of columns by range of columns, so that a few stay in the cache."""
         sign = -1.0 if inverse else 1.0
-        factors = self._field(sign * z).exp().to(rows.device, rows.dtype)
+        factors = self._field(sign * z).to(rows.device, rows.dtype).exp()
         width = max(1, PIECE // len(rows))
         mixed = self._mixed(z, sign)
         for name, place in self._places.items():
@@ -136,7 +137,7 @@ class Group:
         return total
 
     def masses(self, squares: Tensor) -> Tensor:
-        """Return the diagonal of Bᵀ diag(squares) B, (k,), up to slices that two members share; 0 for full couplings."""
+        """Return the diagonal of Bᵀ diag(squares) B, (k,), up to entries in two members; 0 for full couplings."""
         total = self.identity()
         for coupling, place in zip(self.couplings, self._ranges, strict=True):
             if coupling.kind == "diagonal":
@@ -227,7 +228,9 @@ class Group:
                 (none[0] & ~none[1], f"{what} vanishes in what writes it: the least is at infinity"),
                 (none[1] & ~none[0], f"{what} vanishes in what reads it: the least is at infinity"),
             ):
-                chosen = dead.cpu() & (self.free[place] > 0 if coupling.kind == "diagonal" else self.free[place][:1] > 0)
+                chosen = dead.cpu() & (
+                    self.free[place] > 0 if coupling.kind == "diagonal" else self.free[place][:1] > 0
+                )
                 if not bool(chosen.any()):
                     continue
                 if coupling.kind == "full":
@@ -370,4 +373,5 @@ def _unpacked(values: Tensor, size: int) -> Tensor:
 
 def _clamped(matrix: Tensor, most: float) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
-    return vectors * values.clamp(-most, most) @ vectors.T
+    clamped: Tensor = vectors * values.clamp(-most, most) @ vectors.T
+    return clamped

@@ -15,6 +15,8 @@ __all__ = ["LowerModel", "Smoothed"]
 
 # Shares of the mixture below this are left out.
 SHARE = 1e-9
+# Columns that are multiplied at once.
+COLUMNS = 2**16
 
 
 class Smoothed(NamedTuple):
@@ -81,9 +83,7 @@ class LowerModel:
         shares = relative**power
         total = float(shares.sum())
         shares /= total
-        mixture = self._mixture(vectors, shares)
-        rows = [(place, mixture @ piece) for place, piece in self.group.pieces(self.rows, z, inverse=True)]
-        imbalance = self._imbalance(rows)
+        imbalance = self._imbalance(z, self._mixture(vectors, shares))
         value = math.log(float(self._size(values[0]))) + math.log(total) / power
         return Smoothed(value, -2 * self.group.pulled_back(imbalance, z), float(values[0]))
 
@@ -100,7 +100,7 @@ class LowerModel:
         shares /= shares.sum()
         mixture = self._mixture(vectors, shares * values.clamp(min=0))
         # g⁻¹ is g at −z for diagonal and full couplings alike.
-        balance = least_norm(self.group, mixture @ self.rows, -z, most, tolerance=1e-6, steps=30)
+        balance = least_norm(self.group, mixture @ self.rows, -z, most, tolerance=min(1e-6, 1e-3 / power), steps=100)
         return balance.value * math.exp(-2 * self.group.length(balance.imbalance, balance.z, most))
 
     def cluster(self, z: Tensor, width: float) -> tuple[Tensor, Tensor]:
@@ -132,18 +132,20 @@ class LowerModel:
         chosen = shares > SHARE * shares.max()
         return (vectors[:, chosen] * shares[chosen].sqrt()).T.to(self.rows.device, self.rows.dtype)
 
-    def _imbalance(self, pieces: list[tuple[slice, Tensor]]) -> Tensor:
-        if self.group.diagonal:
-            squares = torch.empty(self.rows.shape[1], dtype=torch.float64)
-            for place, piece in pieces:
-                squares[place] = piece.square().sum(0, dtype=torch.float64)
-            return self.group.imbalance_of(squares, None)
-        return self.group.imbalance(torch.cat([piece for _, piece in pieces], dim=1))
+    def _imbalance(self, z: Tensor, mixture: Tensor) -> Tensor:
+        """Return C of the rows ``mixture``·Y at g(z)⁻¹."""
+        if not self.group.diagonal:
+            return self.group.imbalance(self.group.act(mixture @ self.rows, z, inverse=True))
+        squares = torch.empty(self.rows.shape[1], dtype=torch.float64, device=self.rows.device)
+        for start in range(0, len(squares), COLUMNS):
+            columns = slice(start, start + COLUMNS)
+            squares[columns] = (mixture @ self.rows[:, columns]).square_().sum(0)
+        return self.group.imbalance_of(self.group.act(squares[None], 2 * z, inverse=True)[0], None)
 
 
-def _products(left: Tensor, right: Tensor, width: int = 2**16) -> Tensor:
+def _products(left: Tensor, right: Tensor) -> Tensor:
     """Return ⟨left_i, right_j⟩, summed in float64 over short ranges."""
     total = torch.zeros(len(left), len(right), dtype=torch.float64)
-    for a, b in zip(left.split(width, 1), right.split(width, 1), strict=True):
+    for a, b in zip(left.split(COLUMNS, 1), right.split(COLUMNS, 1), strict=True):
         total += (a @ b.T).double().cpu()
     return total

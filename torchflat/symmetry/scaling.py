@@ -1,4 +1,4 @@
-"""The least norm in an orbit: min over z of Σ|g(z)v|², which is where C = 0 (the balancing of matrices, generalised)."""
+"""The least norm in an orbit: min over z of Σ|g(z)v|², where C = 0. It generalises the balancing of matrices."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ __all__ = ["Balance", "least_norm"]
 # One Newton step changes no log-scale by more.
 LONGEST_STEP = 2.0
 CG_STEPS = 60
-# Eigenvalues of the Gram matrices of writers and readers below this share of the trace are rounding.
-RANK = 1e-15
+# What a step in a full coupling costs by itself, relative to the writers and readers: where they lack directions, it
+# would go to infinity in these.
+PROXIMAL = 1e-6
 
 
 class Balance(NamedTuple):
@@ -37,23 +38,28 @@ def least_norm(group: Group, rows: Tensor, start: Tensor, most: float, tolerance
     geodesics, and the least for the one G, with A = Σ MMᵀ over the writers and B over the readers, is the geometric
     mean
 
-        G² = A^{-½} (A^½ B A^½)^½ A^{-½}.
+        G² = A^{-½} (A^½ B A^½)^½ A^{-½};
 
-    The two take turns until Σ|C| ≤ ``tolerance``·F. C = ∇F/2.
+    a small multiple of I is added to both, which keeps G from directions in which nothing changes, and leaves alone
+    where the steps end. The two take turns until Σ|C| ≤ ``tolerance``·F, C = ∇F/2; the best point is returned.
     """
     z, squares = start.clone(), rows.square().sum(0, dtype=torch.float64) if group.diagonal else None
+    best: Balance | None = None
     for step in range(steps + 1):
         current = _measured(group, rows, squares, z, step)
+        if best is None or current.residual < best.residual:
+            best = current
         if current.residual <= tolerance or step == steps:
             break
         after = _newton(group, rows, squares, current)
         if not group.diagonal:
-            after = _geometric_means(group, rows, after)
+            after = _geometric_means(group, rows, after, most)
         after = group.clamped(after, most)
         if torch.equal(after, z):
             break
         z = after
-    return current
+    assert best is not None
+    return best
 
 
 def _moved_squares(group: Group, rows: Tensor, squares: Tensor | None, z: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -73,9 +79,7 @@ def _measured(group: Group, rows: Tensor, squares: Tensor | None, z: Tensor, ste
 
 def _newton(group: Group, rows: Tensor, squares: Tensor | None, current: Balance) -> Tensor:
     """Take one damped Newton step in the diagonal log-scales."""
-    is_diagonal = group.packed(
-        [torch.full_like(m, float(m.ndim == 1)) for m in group.matrices(group.identity())]
-    )
+    is_diagonal = group.packed([torch.full_like(m, float(m.ndim == 1)) for m in group.matrices(group.identity())])
     gradient = current.imbalance * is_diagonal
     if not bool(gradient.any()):
         return current.z
@@ -113,29 +117,36 @@ def _conjugate_gradients(group: Group, squares: Tensor, right: Tensor) -> Tensor
     return x
 
 
-def _geometric_means(group: Group, rows: Tensor, z: Tensor) -> Tensor:
+def _geometric_means(group: Group, rows: Tensor, z: Tensor, most: float) -> Tensor:
     """Balance one full coupling after the other, each exactly."""
     for index, coupling in enumerate(group.couplings):
         parts = group.matrices(z)
         if coupling.kind == "full" and bool(group.free_part(index).all()):
             writers, readers = group.grams(coupling, group.act(rows, z))
             G = torch.matrix_exp(parts[index])
-            parts[index] = _logarithm(G @ _geometric_mean(writers, readers) @ G) / 2
+            # One step changes no log-scale by more than LONGEST_STEP: without directions it could go anywhere.
+            square = _logarithm(_geometric_mean(writers, readers), 2 * LONGEST_STEP)
+            parts[index] = _logarithm(G @ torch.matrix_exp(square) @ G, 2 * most) / 2
             z = group.packed(parts)
     return z
 
 
 def _geometric_mean(writers: Tensor, readers: Tensor) -> Tensor:
-    """Return A^{-½} (A^½ B A^½)^½ A^{-½}."""
+    """Return A^{-½} (A^½ B A^½)^½ A^{-½}, both plus a small multiple of I."""
+    size = len(writers)
+    little = PROXIMAL * (writers.trace() + readers.trace()) / (2 * size) * torch.eye(size, dtype=torch.float64)
+    writers, readers = writers + little, readers + little
     root, inverse = _power(writers, 0.5), _power(writers, -0.5)
     return inverse @ _power(root @ readers @ root, 0.5) @ inverse
 
 
 def _power(matrix: Tensor, exponent: float) -> Tensor:
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    return vectors * values.clamp(min=max(RANK * float(values.sum()), 1e-300)) ** exponent @ vectors.T
+    power: Tensor = vectors * values.clamp(min=1e-300) ** exponent @ vectors.T
+    return power
 
 
-def _logarithm(matrix: Tensor) -> Tensor:
+def _logarithm(matrix: Tensor, most: float) -> Tensor:
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    return vectors * values.clamp(min=1e-300).log() @ vectors.T
+    logarithm: Tensor = vectors * values.clamp(min=1e-300).log().clamp(-most, most) @ vectors.T
+    return logarithm

@@ -15,13 +15,15 @@ __all__ = ["minimised"]
 # Powers grow from the first by this factor, a warm start begins so many factors below the last; iterations at each.
 FIRST_POWER, GROWTH, WARM = 30.0, 4.0, 2
 ITERATIONS = 40
+# log λ₁ is found to 1/q by the smoothing: changes by this part of it are not worth another step.
+ENOUGH = 1e-2
 
 
 def minimised(model: LowerModel, start: Tensor, power: float, most: float, warm: bool = False) -> Tensor:
     """Return z with log-scales up to ``most`` that minimises the smoothed λ₁ of the model, q rising to ``power``."""
     z, q = start.clone(), min(power, max(FIRST_POWER, power / GROWTH**WARM if warm else 0.0))
     while True:
-        z = _descended(functools.partial(_walled, model, power=q, most=most), z, ITERATIONS)
+        z = _descended(functools.partial(_walled, model, power=q, most=most), z, ENOUGH / q)
         if q >= power:
             return model.group.clamped(z, most)
         q = min(q * GROWTH, power)
@@ -34,15 +36,14 @@ def _walled(model: LowerModel, z: Tensor, power: float, most: float) -> Smoothed
     return Smoothed(answer.value + 0.5 * float(beyond @ beyond), answer.gradient + beyond, answer.top)
 
 
-def _descended(function: Callable[[Tensor], Smoothed], start: Tensor, iterations: int) -> Tensor:
+def _descended(function: Callable[[Tensor], Smoothed], start: Tensor, change: float) -> Tensor:
     z = start.clone().requires_grad_()
     solver = torch.optim.LBFGS(
         [z],
-        max_iter=iterations,
-        max_eval=2 * iterations,
+        max_iter=ITERATIONS,
         history_size=20,
-        tolerance_grad=1e-9,
-        tolerance_change=1e-12,
+        tolerance_grad=change,
+        tolerance_change=change,
         line_search_fn="strong_wolfe",
     )
 
@@ -51,5 +52,5 @@ def _descended(function: Callable[[Tensor], Smoothed], start: Tensor, iterations
         z.grad = answer.gradient.clone()
         return answer.value
 
-    solver.step(closure)  # type: ignore[arg-type]
+    solver.step(closure)
     return z.detach()
