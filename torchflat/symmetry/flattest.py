@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -36,6 +37,8 @@ SHARPNESS_OF_SMOOTHING = 8.0
 RESERVE = 0.25, 80.0
 # The model keeps what is not smaller than this by its largest eigenvalue, in this share of the memory budget.
 FAINT, MEMORY_SHARE, MOST_ROWS, LEAST_ROWS = 1e-2, 1 / 4, 96, 12
+# What rounding may change f by at another point of the orbit, in units of ε·(|f| + ½λ₁|x|²).
+UNCHANGED_ULPS = 4096
 # Eigenvalues of H below zero by less than so many floors are rounding; steps it may take to see that there are none.
 ROUNDING, PROOF_STEPS = 4, 60
 
@@ -62,7 +65,8 @@ class Flattest(Answer):
     ``value`` is λ₁ (or ‖·‖₂), recomputed at the parameters of ``state_dict``, ``recomputed`` its interval there. So
     λ₁★ ≤ recomputed.upper. ``lower`` ≤ λ₁★ bounds λ₁ over all log-scales up to ``max_log_scale`` of what is not frozen;
     None where nothing is proved. ``proof`` names what the bound rests on: that the matrix is positive semidefinite,
-    because it is ``"gauss_newton"``, or because a Lanczos run showed so at the first point (``"semidefinite"``).
+    because it is that of Gauss and Newton, of a loss convex in the output (``"gauss_newton"``), or because a Lanczos
+    run showed so at the first point (``"semidefinite"``, at the confidence of ``before``).
 
     ``log_scales`` holds, by coupling, what the point asked for was rescaled by; for a full coupling a symmetric S.
     ``state_dict`` holds the parameters of the objective: load it with ``strict=False``. ``attained`` says whether all
@@ -133,7 +137,8 @@ def flattest(
             search.
 
     Raises:
-        UsageError: an argument is out of range, f has an L2 term, or a coupling does not fit the parameters.
+        UsageError: an argument is out of range, f has an L2 term, a coupling does not fit the parameters, or rescaling
+            by one changes f.
 
     >>> from torchflat.symmetry import Coupling, Member
     >>> f = Objective.from_function(lambda x: (x[0] * x[1] - 1) ** 2, torch.tensor([3.0, 1 / 3], dtype=torch.float64))
@@ -175,42 +180,49 @@ class _Search:
     ) -> None:
         self.h, self.group, self.curvature, self.most, self.seed = h, group, curvature, max_log_scale, seed
         self.norm = spectral == "norm"
-        self.z = group.identity()
-        self.proof = "gauss_newton" if curvature == "gauss_newton" else None
+        # The point to be returned, and the model's minimiser, which bounds λ₁★.
+        self.z = self.least = group.identity()
+        self.proof: str | None = None
         self.history: list[Mapping[str, float]] = []
         self.products = 0
-        self.lowest = 0.0
+        self.ends = 0.0, 0.0
         self.rows = int(MEMORY_SHARE * h.memory.total) // (h.n * h.dtype.itemsize)
         self.rows = min(MOST_ROWS, max(LEAST_ROWS, self.rows))
 
     def solve(self, run: Run) -> Flattest:
         self.power = SHARPNESS_OF_SMOOTHING / run.rtol
         before = self._first(run)
-        settled = self.trivial = before.value <= 0 or not bool(self.group.free.any())
-        goes_on, first = not settled, True
+        settled = self.trivial = not (len(self.model.rows) and before.value > 0 and bool(self.group.free.any()))
+        goes_on, first, best = not settled, True, (math.inf, self.z)
         with self.h.memory.vectors_held(2 * self.rows * self.h.n * self.h.dtype.itemsize):
             while goes_on:
                 self.z = minimised(self.model, self.z, self.power, self.most, warm=not first)
                 first = False
                 predicted = self._size(self.model.eigenpairs(self.z)[0])
                 found = self._round(run)
-                settled = found - predicted <= AGREEMENT * run.rtol * found
+                best = min(best, (found, self.z), key=operator.itemgetter(0))
+                settled = abs(found - predicted) <= AGREEMENT * run.rtol * found
                 goes_on = not settled and not self._over(run)
-            if not self.trivial:
+            if self.proof and not self.trivial:
                 # What the last run showed costs no product to take into account.
-                self.z = minimised(self.model, self.z, self.power, self.most, warm=True)
+                self.least = minimised(self.model, self.z, self.power, self.most, warm=True)
+            self.z = self.least if self.proof and settled else best[1]
             return self._answer(run, before, settled)
 
     def _first(self, run: Run) -> Sharpness:
         """Find λ₁ of the point itself, and begin the model with that run."""
         with Krylov.of(self.h, self.seed, "flattest") as krylov:
             before = sharpness(self.h, 0.1, run.confidence, "lanczos", krylov=krylov, budget=max(run.budget / 4, 1.0))
-            if self.proof is None and self._semidefinite(krylov, run.delta):
+            if self.curvature == "gauss_newton":
+                # Of a loss that is not convex in the output it would not be semidefinite.
+                seen = float(krylov.ritz()[0][0])
+                self.proof = "gauss_newton" if seen >= -ROUNDING * before.floor else None
+            elif self._semidefinite(krylov, run.delta):
                 self.proof = "semidefinite"
             definite = self.proof is not None
             self.model = LowerModel(self.group, self.h.dtype, self.h.device, definite, self.norm)
             self._take_up(krylov, self.z)
-        self.group.freeze(self.model.rows, "curvature")
+        self.group.freeze(self.model.rows, "the curvature")
         return before
 
     def _semidefinite(self, krylov: Krylov, delta: float) -> bool:
@@ -248,8 +260,9 @@ class _Search:
             products[-1].add_(krylov.latest, alpha=krylov.betas[-1] * krylov.scale)
         self.products += krylov.steps
         values = krylov.ritz()[0]
-        self.lowest = float(values[0] / values[-1])
-        self.model.add(self.group.act(basis, z, inverse=True), self.group.act(products, z))
+        self.ends = float(values[0]), float(values[-1])
+        norm = float(values.abs().max())
+        self.model.add(self.group.act(basis, z, inverse=True), self.group.act(products, z), z, norm)
         self.history.append(
             {
                 "products": self.products,
@@ -265,7 +278,9 @@ class _Search:
         inner = self.h.products(self.group.act(row[None], self.z, inverse=True))
         return self.group.act(inner, self.z, inverse=True)[0]
 
-    def _mixture(self) -> Tensor:
+    def _mixture(self) -> Tensor | None:
+        if not len(self.model.rows):
+            return None
         values, vectors = self.model.eigenpairs(self.z)
         weights = (values.abs() / values.abs().max()) ** (self.power / 16)
         chosen = weights > 1e-3
@@ -276,22 +291,27 @@ class _Search:
     def _over(self, run: Run) -> bool:
         share, most = RESERVE
         spent = run.cost.gradients > run.budget - min(share * run.budget, most)
-        stop = run.callback is not None and run.callback(dict(self.history[-1]))
-        return spent or bool(stop)
+        callback = run.callback
+        stop = callback is not None and self.h.team.anywhere(lambda: callback(dict(self.history[-1])))
+        return spent or stop
 
     def _size(self, values: Tensor) -> float:
+        if not len(values):
+            return 0.0
         return float(values.abs().max() if self.norm else values[0])
 
     def _answer(self, run: Run, before: Sharpness, settled: bool) -> Flattest:
         x = self.group.act(self.h.x[None], self.z)[0]
-        recomputed = before if self.trivial else self._recomputed(run, x)
-        value = max(recomputed.value, -self.lowest * recomputed.value) if self.norm else recomputed.value
+        recomputed = self._recomputed(run, x) if before.value > 0 else before
+        bottom, top = self.ends
+        value = max(recomputed.value, -bottom) if self.norm else recomputed.value
         lower = self._lower(recomputed)
         settled = settled and value <= self._size(self.model.eigenpairs(self.z)[0]) * (1 + run.rtol)
         if lower is None:
             status = Status.UNCERTIFIED if settled else Status.BUDGET
         else:
-            status = Status.CONVERGED if recomputed.upper - lower <= run.rtol * value else Status.BUDGET
+            tight = recomputed.upper - lower <= run.rtol * abs(value) or (self.trivial and recomputed.status.ok)
+            status = Status.CONVERGED if tight else Status.BUDGET
         names, parts = self.h.layout.names, self.h.layout.split(x)
         return Flattest(
             value=value,
@@ -299,8 +319,8 @@ class _Search:
             attained=not len(self.z) or float(self.z.abs().max()) < self.most * (1 - 1e-6),
             status=status,
             proof=self.proof,
-            headroom=before.value / value if value else 1.0,
-            negative=min(0.0, self.lowest),
+            headroom=self.history[0]["value"] / value if value else 1.0,
+            negative=min(0.0, bottom / top) if top > 0 else 0.0,
             recomputed=recomputed,
             before=before,
             certificate=self._certificate(),
@@ -315,25 +335,38 @@ class _Search:
     def _recomputed(self, run: Run, x: Tensor) -> Sharpness:
         """Compute λ₁ at x by products there, from the model's top vectors and a random one."""
         moved = self.h.at(x)
+        self._check_unchanged(moved)
         left = max(run.budget - run.cost.gradients, 20.0)
         with Krylov.of(moved, self.seed, "flattest/recomputed", start=self._mixture(), fresh=1.0) as krylov:
             answer = sharpness(
                 moved, RECOMPUTATION * run.rtol, run.confidence, "lanczos", krylov=krylov, budget=left, atol=0.0
             )
             values = krylov.ritz()[0]
-            self.lowest = float(values[0] / values[-1])
+            self.ends = float(values[0]), float(values[-1])
             self.products += krylov.steps
         return answer
 
+    def _check_unchanged(self, moved: Objective) -> None:
+        before, after = self.h.value(), moved.value()
+        size = abs(before) + 0.5 * self.history[0]["value"] * float(self.h.x.double().square().sum())
+        if abs(after - before) > UNCHANGED_ULPS * torch.finfo(self.h.dtype).eps * size:
+            raise UsageError(
+                f"the couplings do not leave f unchanged: it is {before:.9g} at x and {after:.9g} at the rescaled x: "
+                "give the laws of this model"
+            )
+
     def _lower(self, recomputed: Sharpness) -> float | None:
+        if self.trivial:
+            # The orbit is this point, or the least is zero or below everywhere in it.
+            return recomputed.lower
         if self.proof is None:
             return None
-        if self.trivial:
-            return recomputed.lower
-        return self.model.bound(self.z, self.power, self.most) - recomputed.floor
+        return self.model.bound(self.least, self.power, self.most) - recomputed.floor
 
     def _certificate(self) -> Certificate:
         values, vectors = self.model.eigenpairs(self.z)
+        if not len(values):
+            return Certificate((), (), self.model.rows, 0.0)
         shares = (values / values[0]).clamp(min=0) ** self.power
         shares /= shares.sum()
         chosen = shares > 1e-6
