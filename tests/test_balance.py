@@ -147,7 +147,7 @@ def product(x: Tensor) -> Tensor:
 def test_flow_of_the_textbook_function() -> None:
     """T015: x₁ = e^θ, tanh θ(t) = 0.8 e^{−4t}, λ₁ = 4 cosh 2θ, d log λ₁/dt = −2w, w = (x₁² − x₂²)²/|x|²."""
     f = Objective.from_function(product, torch.tensor([3.0, 1 / 3], dtype=torch.float64))
-    answer = flow(f, [entries("p", [0], [1])], 0.1, sharpness_rtol=1e-10)
+    answer = flow(f, [entries("p", [0], [1])], 0.1, rtol=1e-10, sharpness_rtol=1e-10)
     assert float(answer.x[0]) == pytest.approx(1.820089175, rel=1e-8)
     assert answer.before.value == pytest.approx(18.22222222, rel=1e-8)
     assert answer.after.value == pytest.approx(7.229181857, rel=1e-8)

@@ -266,7 +266,7 @@ def test_dead_units_and_zero_rows_are_listed_and_left_alone() -> None:
     f = Objective(model, nn.CrossEntropyLoss(), data)
     answer = flattest(f, chain(model), "gauss_newton")
     assert "channel 1: the curvature vanishes in what writes and what reads it" in answer.frozen["0 → 2"]
-    assert "channel 3: the curvature vanishes in what writes it: the least is at infinity" in answer.frozen["0 → 2"]
+    assert "channel 3: the weight vanishes in what reads it: the least is at infinity" in answer.frozen["0 → 2"]
     assert answer.log_scales["0 → 2"][[1, 3]].tolist() == [0, 0]
     assert answer.status is Status.CONVERGED
     assert answer.attained

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchflat.errors import UsageError
 from torchflat.objective import Objective
 from torchflat.result import Answer, Cost, Status
-from torchflat.spectrum.krylov import Krylov
+from torchflat.spectrum.krylov import Krylov, random_unit_vector
 from torchflat.spectrum.run import Callback, Run, check_request
 from torchflat.spectrum.sharpness import Sharpness, sharpness
 from torchflat.symmetry.coupling import Coupling
@@ -222,14 +222,21 @@ class _Search:
             definite = self.proof is not None
             self.model = LowerModel(self.group, self.h.dtype, self.h.device, definite, self.norm)
             self._take_up(krylov, self.z)
-        self.group.freeze(self.model.rows, "the curvature")
+        # In the products of a run, zeros come with its rounding.
+        probe = random_unit_vector(self.h.n, self.seed, "flattest/probe", self.h.dtype, self.h.device)
+        self.group.freeze(self.h.x[None], "the weight")
+        self.group.freeze(self.h.products(probe[None]), "the curvature")
         return before
 
     def _semidefinite(self, krylov: Krylov, delta: float) -> bool:
         """Go on with a run until it has seen a negative eigenvalue, or all there are, or enough."""
         while True:
             rounding = ROUNDING * krylov.floor()
-            if float(krylov.ritz()[0][0]) < -rounding or krylov.exhausted or krylov.steps >= PROOF_STEPS:
+            negative = float(krylov.ritz()[0][0]) < -rounding
+            if negative or krylov.exhausted:
+                # Once exhausted, no further step can tell what the bound leaves open from rounding.
+                return not negative
+            if krylov.full or krylov.steps >= PROOF_STEPS:
                 return krylov.lower(delta) >= -rounding
             krylov.step()
 

@@ -70,6 +70,7 @@ def flow(
     Raises:
         UsageError: ``t`` is negative, or no coupling can be moved.
 
+    >>> import torch
     >>> from torchflat.symmetry import Member
     >>> x = torch.tensor([3.0, 1 / 3], dtype=torch.float64)
     >>> f = Objective.from_function(lambda x: (x[0] * x[1] - 1) ** 2, x)

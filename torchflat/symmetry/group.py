@@ -16,8 +16,8 @@ __all__ = ["Group", "HasCouplings", "couplings_of"]
 
 # Entries of a matrix of rows that are moved at once: what stays in a processor's cache.
 PIECE = 2**21
-# Writers or readers whose entries are below so many ε of the coupling's largest are rounding, not to be balanced.
-NEGLIGIBLE_ULPS = 64
+# Squares of writers or readers below this share of the coupling's largest are zero.
+NEGLIGIBLE = 1e-30
 
 
 class HasCouplings(Protocol):
@@ -217,13 +217,12 @@ class Group:
         ``what`` says of what they are zero, for the reason.
         """
         squares = rows.square().sum(0, dtype=torch.float64)
-        negligible = (NEGLIGIBLE_ULPS * torch.finfo(rows.dtype).eps) ** 2
         for coupling, place in zip(self.couplings, self._ranges, strict=True):
             if coupling.kind == "full":
                 sides = [self._gram(coupling, rows, side).diagonal().sum()[None] for side in (_writing, _reading)]
             else:
                 sides = [self._masses(coupling, squares, side) for side in (_writing, _reading)]
-            none = [side <= negligible * (sides[0] + sides[1]).max() for side in sides]
+            none = [side <= NEGLIGIBLE * (sides[0] + sides[1]).max() for side in sides]
             for dead, words in (
                 (none[0] & none[1], f"{what} vanishes in what writes and what reads it"),
                 (none[0] & ~none[1], f"{what} vanishes in what writes it: the least is at infinity"),

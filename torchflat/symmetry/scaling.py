@@ -15,6 +15,8 @@ __all__ = ["Balance", "least_norm"]
 # One Newton step changes no log-scale by more.
 LONGEST_STEP = 2.0
 CG_STEPS = 60
+# Rounding of F, relative: near the least, steps change it by less.
+ROUNDING = 1e-14
 # What a step in a full coupling costs by itself, relative to the writers and readers: where they lack directions, it
 # would go to infinity in these.
 PROXIMAL = 1e-6
@@ -95,7 +97,7 @@ def _newton(group: Group, rows: Tensor, squares: Tensor | None, current: Balance
     slope, length = 2 * float(gradient @ direction), 1.0
     for _ in range(30):
         z = current.z + length * direction
-        if float(_moved_squares(group, rows, squares, z)[0].sum()) <= current.value * (1 + 1e-4 * length * slope):
+        if float(_moved_squares(group, rows, squares, z)[0].sum()) <= current.value * (1 + 1e-4 * length * slope + ROUNDING):
             return z
         length /= 2
     return current.z
