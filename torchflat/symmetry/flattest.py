@@ -221,7 +221,7 @@ class _Search:
                 self.proof = "semidefinite"
             definite = self.proof is not None
             self.model = LowerModel(self.group, self.h.dtype, self.h.device, definite, self.norm)
-            self._take_up(krylov, self.z)
+            self._take_up(krylov, run)
         # In the products of a run, zeros come with its rounding.
         probe = random_unit_vector(self.h.n, self.seed, "flattest/probe", self.h.dtype, self.h.device)
         self.group.freeze(self.h.x[None], "the weight")
@@ -252,12 +252,13 @@ class _Search:
                 if krylov.steps > 3 and float(krylov.residuals()[-1]) <= SETTLED * run.rtol * size:
                     break
             found = self._size(krylov.ritz()[0].flip(0))
-            self._take_up(krylov, self.z)
+            self._take_up(krylov, run)
         self.model.compress(self.z, self.rows, FAINT)
         return found
 
-    def _take_up(self, krylov: Krylov, z: Tensor) -> None:
+    def _take_up(self, krylov: Krylov, run: Run) -> None:
         """Add the basis of a run at z, whose products the Lanczos relation knows: H V = V T + β v e."""
+        z = self.z
         basis = krylov.basis
         T = torch.diag(torch.tensor(krylov.alphas, dtype=torch.float64))
         off = torch.tensor(krylov.betas[:-1], dtype=torch.float64)
@@ -273,7 +274,7 @@ class _Search:
         self.history.append(
             {
                 "products": self.products,
-                "gradients": self.h.cost.gradients,
+                "gradients": run.cost.gradients,
                 "value": self._size(values.flip(0)),
                 "model": self._size(self.model.eigenpairs(z)[0]),
                 "log_scale": float(z.abs().max()) if len(z) else 0.0,
