@@ -16,12 +16,13 @@ from torchflat.result import Answer, Cost, Status
 from torchflat.spectrum.krylov import Krylov, random_unit_vector
 from torchflat.spectrum.run import Callback, Run, check_request
 from torchflat.spectrum.sharpness import Sharpness, sharpness
+from torchflat.symmetry.certificate import Certificate, balanced_mixture
 from torchflat.symmetry.coupling import Coupling
 from torchflat.symmetry.group import Group, HasCouplings, couplings_of
 from torchflat.symmetry.lower_model import LowerModel
 from torchflat.symmetry.smoothing import minimised
 
-__all__ = ["Certificate", "Flattest", "flattest"]
+__all__ = ["Flattest", "flattest"]
 
 CURVATURES = ("hessian", "gauss_newton")
 SPECTRA = ("largest", "norm")
@@ -39,23 +40,10 @@ RESERVE = 0.25, 80.0
 FAINT, MEMORY_SHARE, MOST_ROWS, LEAST_ROWS = 1e-2, 1 / 4, 96, 12
 # What rounding may change f by at another point of the orbit, in units of ε·(|f| + ½λ₁|x|²).
 UNCHANGED_ULPS = 4096
+# Eigenvectors that the certificate may mix.
+CLUSTER = 12
 # Eigenvalues of H below zero by less than so many floors are rounding; steps it may take to see that there are none.
 ROUNDING, PROOF_STEPS = 4, 60
-
-
-@dataclass(frozen=True)
-class Certificate(Answer):
-    """A mixture V = Σ w_i v_i v_iᵀ of unit vectors with eigenvalues near λ₁, whose C(V) is nearly zero.
-
-    C(V) = 0 for some mixture of top eigenvectors is what makes a point the flattest (T085, T086; with one vector it
-    need not be so, T018). ``vectors`` (m, n) are the lower model's at the point returned, ``values`` its eigenvalues,
-    and ``residual`` is Σ|C(V)| over channels, with the eigenvalues of C for full couplings.
-    """
-
-    weights: tuple[float, ...]
-    values: tuple[float, ...]
-    vectors: Tensor = field(repr=False)
-    residual: float
 
 
 @dataclass(frozen=True)
@@ -331,7 +319,7 @@ class _Search:
             negative=min(0.0, bottom / top) if top > 0 else 0.0,
             recomputed=recomputed,
             before=before,
-            certificate=self._certificate(),
+            certificate=self._certificate(run.rtol),
             log_scales=self.group.log_scales(self.z),
             state_dict={name: part.detach().clone() for name, part in zip(names, parts, strict=True)},
             frozen=dict(self.group.frozen),
@@ -371,16 +359,9 @@ class _Search:
             return None
         return self.model.bound(self.least, self.power, self.most) - recomputed.floor
 
-    def _certificate(self) -> Certificate:
-        values, vectors = self.model.eigenpairs(self.z)
+    def _certificate(self, rtol: float) -> Certificate:
+        values, coefficients = self.model.eigenpairs(self.z)
         if not len(values):
             return Certificate((), (), self.model.rows, 0.0)
-        shares = (values / values[0]).clamp(min=0) ** self.power
-        shares /= shares.sum()
-        chosen = shares > 1e-6
-        rows = self.model.vectors(self.z, vectors[:, chosen])
-        mixed = rows * shares[chosen].sqrt()[:, None].to(rows.device, rows.dtype)
-        imbalance = self.group.matrices(self.group.imbalance(mixed))
-        residual = sum(float(p.abs().sum() if p.ndim == 1 else torch.linalg.eigvalsh(p).abs().sum()) for p in imbalance)
-        weights, tops = shares[chosen].tolist(), values[chosen].tolist()
-        return Certificate(tuple(weights), tuple(tops), rows, residual)
+        chosen = (values >= (1 - rtol) * values[0]).nonzero().reshape(-1)[:CLUSTER]
+        return balanced_mixture(self.group, values[chosen], self.model.vectors(self.z, coefficients[:, chosen]))

@@ -97,7 +97,9 @@ def _newton(group: Group, rows: Tensor, squares: Tensor | None, current: Balance
     slope, length = 2 * float(gradient @ direction), 1.0
     for _ in range(30):
         z = current.z + length * direction
-        if float(_moved_squares(group, rows, squares, z)[0].sum()) <= current.value * (1 + 1e-4 * length * slope + ROUNDING):
+        if float(_moved_squares(group, rows, squares, z)[0].sum()) <= current.value * (
+            1 + 1e-4 * length * slope + ROUNDING
+        ):
             return z
         length /= 2
     return current.z
