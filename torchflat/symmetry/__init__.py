@@ -1,1 +1,21 @@
 """Couplings, conservation laws, the group action, and the flattest point of an orbit."""
+
+from torchflat.symmetry.balance import Balanced, balance
+from torchflat.symmetry.certificate import Certificate
+from torchflat.symmetry.coupling import Coupling, Member
+from torchflat.symmetry.flattest import Flattest, flattest
+from torchflat.symmetry.flow import Flow, flow
+from torchflat.symmetry.group import Group
+
+__all__ = [
+    "Balanced",
+    "Certificate",
+    "Coupling",
+    "Flattest",
+    "Flow",
+    "Group",
+    "Member",
+    "balance",
+    "flattest",
+    "flow",
+]
