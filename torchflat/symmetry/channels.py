@@ -106,10 +106,13 @@ def _whole_first(
 
 def _summed(where: Tensor, variable: Tensor, exponent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Add up the exponents of the same variable in the same place, and drop zeros."""
-    pairs, inverse = torch.unique(torch.stack([where, variable]), dim=1, return_inverse=True)
-    total = torch.zeros(pairs.shape[1], dtype=torch.float64).index_add_(0, inverse, exponent)
-    kept = total.abs() > 1e-9
-    return pairs[0, kept], pairs[1, kept], total[kept]
+    if not len(where):
+        return where, variable, exponent
+    base = int(variable.max()) + 1
+    pairs, inverse = torch.unique(where * base + variable, return_inverse=True)
+    total = torch.zeros(len(pairs), dtype=torch.float64).index_add_(0, inverse, exponent)
+    pairs, total = pairs[total.abs() > 1e-9], total[total.abs() > 1e-9]
+    return pairs // base, pairs % base, total
 
 
 def _signatures(slices: Sequence[_Slices], number: int) -> Tensor:
@@ -138,8 +141,8 @@ def _couplings(variables: Tensor, slices: Sequence[_Slices], blocks: Tensor, num
         else:
             yield full
     if alone:
-        alone_in_order = [v for v in variables.tolist() if v in set(alone)] if len(alone) < len(variables) else alone
-        diagonal = _coupling(torch.tensor(alone_in_order), own, number, "diagonal")
+        members = torch.tensor(alone)
+        diagonal = _coupling(variables[torch.isin(variables, members)], own, number, "diagonal")
         assert diagonal is not None
         yield diagonal
 

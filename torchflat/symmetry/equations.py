@@ -19,34 +19,36 @@ _DENOMINATOR = 10_000
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """Every variable in terms of the free ones: z_v = ratio[v] · z_root[v], and a few roots as sums of free roots."""
+    """Every variable in terms of free ones: z_v = ratio[v] · z_root[v], and some roots are sums of other roots.
+
+    Roots with ``size`` > 0 are Σ weight · z_variable over ``variable[start : start + size]``, without circles.
+    """
 
     root: Tensor
     ratio: Tensor
-    sums: dict[int, dict[int, float]]
+    start: Tensor
+    size: Tensor
+    variable: Tensor
+    weight: Tensor
 
     def terms(self, labels: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Rewrite a vector of labels in free variables: (positions, variables, factors), each position maybe more
-        than once, and not at all where the variable is zero.
+        """Rewrite a vector of labels in free variables: (positions, variables, factors) several times.
+
+        A position comes as often as it has free variables, and not at all where it is zero.
         """
-        roots, factors = self.root[labels], self.ratio[labels]
-        places = torch.arange(len(labels))
-        if not self.sums:
-            free = roots != 0
-            return [(places[free], roots[free], factors[free])]
-        dependent = torch.isin(roots, torch.tensor(list(self.sums)))
-        free = (roots != 0) & ~dependent
-        found = [(places[free], roots[free], factors[free])]
-        expanded = [
-            (place, variable, factor * weight)
-            for place, root, factor in zip(
-                places[dependent].tolist(), roots[dependent].tolist(), factors[dependent].tolist(), strict=True
-            )
-            for variable, weight in self.sums[root].items()
-        ]
-        if expanded:
-            where, which, much = zip(*expanded, strict=True)
-            found.append((torch.tensor(where), torch.tensor(which), torch.tensor(much, dtype=torch.float64)))
+        roots, factors, places = self.root[labels], self.ratio[labels], torch.arange(len(labels))
+        found = []
+        while len(roots):
+            size = self.size[roots]
+            free = (roots != 0) & (size == 0)
+            found.append((places[free], roots[free], factors[free]))
+            sums = size > 0
+            places, factors, size = places[sums], factors[sums], size[sums]
+            within = torch.arange(int(size.sum())) - (size.cumsum(0) - size).repeat_interleave(size)
+            entry = self.start[roots[sums]].repeat_interleave(size) + within
+            places, factors = places.repeat_interleave(size), factors.repeat_interleave(size) * self.weight[entry]
+            factors = factors * self.ratio[self.variable[entry]]
+            roots = self.root[self.variable[entry]]
         return found
 
 
@@ -102,7 +104,7 @@ class Equations:
             batches = remaining
             edges = torch.cat([pair[0] for pair in pairs]) if pairs else torch.empty(0, 2, dtype=torch.int64)
             if not len(edges):
-                return Solution(root, ratio, _eliminated(remaining))
+                return Solution(root, ratio, *_tabulated(_eliminated(remaining), self.count))
             _merge(root, ratio, edges, torch.cat([pair[1] for pair in pairs]))
 
 
@@ -173,39 +175,79 @@ def _merge(root: Tensor, ratio: Tensor, edges: Tensor, ratios: Tensor) -> None:
         ratio[root == 0] = 1.0
 
 
-def _eliminated(batches: list[tuple[Tensor, Tensor]]) -> dict[int, dict[int, float]]:
-    """Solve sparse rows exactly: each pivot is the variable that fewest equations know, so that shared ones stay."""
-    rows: list[dict[int, Fraction]] = []
-    for coefficients, variables in batches:
-        for values, names in zip(coefficients.tolist(), variables.tolist(), strict=True):
-            row = {v: Fraction(c).limit_denominator(_DENOMINATOR) for v, c in zip(names, values, strict=True) if c}
-            rows.append(row)
-    unique = {tuple(sorted((v, c / row[min(row)]) for v, c in row.items())): row for row in rows}
-    uses = Counter(variable for row in unique.values() for variable in row)
+_Sums = list[tuple[Tensor, Tensor, Tensor]]
+
+
+def _eliminated(batches: list[tuple[Tensor, Tensor]]) -> _Sums:
+    """Solve the rows of three terms and more: (pivots (m,), variables (m, t), weights (m, t)), several times.
+
+    A variable that only one row knows is solved for at once, the others exactly and one by one.
+    """
+    if not batches:
+        return []
+    width = max(rows.shape[1] for _, rows in batches)
+    rows = torch.cat([torch.nn.functional.pad(rows, (width - rows.shape[1], 0)) for _, rows in batches])
+    coefficients = torch.cat([torch.nn.functional.pad(c, (width - c.shape[1], 0)) for c, _ in batches])
+    coefficients = coefficients / coefficients[:, -1:]
+    rows = torch.where(coefficients == 0, 0, rows)
+    unique = torch.unique(torch.cat([rows.double(), coefficients], 1), dim=0)
+    rows, coefficients = unique[:, :width].long(), unique[:, width:]
+    solved: _Sums = []
+    while len(rows):
+        alone = torch.where((rows.reshape(-1).bincount()[rows] == 1) & (rows != 0), rows, -1)
+        pivot, column = alone.max(1)
+        # The newest first, so that parameters, which are older than what is made of them, stay free.
+        newest = pivot == rows.max(1).values
+        done = newest if bool(newest.any()) else pivot >= 0
+        if not bool(done.any()):
+            solved.extend(_one_by_one(rows, coefficients))
+            break
+        own = coefficients[done].gather(1, column[done, None])
+        weights = (-coefficients[done] / own).scatter(1, column[done, None], 0.0)
+        solved.append((pivot[done], rows[done], weights))
+        rows, coefficients = rows[~done], coefficients[~done]
+    return solved
+
+
+def _one_by_one(rows: Tensor, coefficients: Tensor) -> _Sums:
+    """Eliminate in fractions: each pivot is the variable that fewest equations know, so that shared ones stay."""
+    equations = [
+        {v: Fraction(c).limit_denominator(_DENOMINATOR) for v, c in zip(names, values, strict=True) if c}
+        for names, values in zip(rows.tolist(), coefficients.tolist(), strict=True)
+    ]
+    uses = Counter(variable for row in equations for variable in row)
     solved: dict[int, dict[int, Fraction]] = {}
-    users: dict[int, set[int]] = {}
-    for row in unique.values():
+    for row in equations:
         reduced: dict[int, Fraction] = {}
-        for variable, c in row.items():
-            for other, weight in solved.get(variable, {variable: Fraction(1)}).items():
-                reduced[other] = reduced.get(other, Fraction(0)) + c * weight
+        pending = list(row.items())
+        while pending:
+            variable, c = pending.pop()
+            if variable in solved:
+                pending.extend((other, c * weight) for other, weight in solved[variable].items())
+            else:
+                reduced[variable] = reduced.get(variable, Fraction(0)) + c
         reduced = {v: c for v, c in reduced.items() if c}
-        if not reduced:
-            continue
-        pivot = min(reduced, key=lambda v: (uses[v], -v))
-        scale = -1 / reduced.pop(pivot)
-        value = {v: c * scale for v, c in reduced.items()}
-        for user in users.pop(pivot, set()):
-            weight = solved[user].pop(pivot)
-            for other, c in value.items():
-                total = solved[user].get(other, Fraction(0)) + weight * c
-                if total:
-                    solved[user][other] = total
-                    users.setdefault(other, set()).add(user)
-                else:
-                    solved[user].pop(other, None)
-                    users[other].discard(user)
-        solved[pivot] = value
-        for other in value:
-            users.setdefault(other, set()).add(pivot)
-    return {pivot: {v: float(c) for v, c in value.items()} for pivot, value in solved.items()}
+        if reduced:
+            pivot = min(reduced, key=lambda v: (uses[v], -v))
+            scale = -1 / reduced.pop(pivot)
+            solved[pivot] = {v: c * scale for v, c in reduced.items()}
+    return [
+        (torch.tensor([v]), torch.tensor([list(value)], dtype=torch.int64), torch.tensor([[float(c) for c in value.values()]]).double())
+        for v, value in solved.items()
+    ]
+
+
+def _tabulated(sums: _Sums, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    start, size = torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
+    variables, weights, offset = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.float64)], 0
+    for pivots, names, factors in sums:
+        width = max(names.shape[1], 1)
+        if not names.shape[1]:
+            names, factors = torch.zeros(len(pivots), 1, dtype=torch.int64), torch.zeros(len(pivots), 1).double()
+        # Variable 0 is zero, and ends the rewriting.
+        variables.append(torch.where(factors == 0, 0, names).reshape(-1))
+        weights.append(factors.reshape(-1))
+        start[pivots] = offset + width * torch.arange(len(pivots))
+        size[pivots] = width
+        offset += width * len(pivots)
+    return start, size, torch.cat(variables), torch.cat(weights)

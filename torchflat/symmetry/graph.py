@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -95,7 +96,9 @@ def _slow_attention() -> Iterator[None]:
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with plain_autograd(torch.device("cpu")):
+        with plain_autograd(torch.device("cpu")), warnings.catch_warnings():
+            # An nn.RNN gathers its weights in a list while it is exported.
+            warnings.filterwarnings("ignore", message=".*were assigned during export")
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)

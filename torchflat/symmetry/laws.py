@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,7 +13,9 @@ from torchflat.errors import UsageError, did_you_mean
 from torchflat.symmetry.channels import couplings
 from torchflat.symmetry.coupling import Coupling, Member
 from torchflat.symmetry.graph import Graph, infer, trace
-from torchflat.symmetry.verify import TOLERANCE, gradients, relative
+from torchflat.symmetry.linear import LinearLaw
+from torchflat.symmetry.shifts import linear_laws
+from torchflat.symmetry.verify import TOLERANCE, gradients, relative, relative_sum
 
 __all__ = ["Laws", "laws"]
 
@@ -24,13 +26,14 @@ Tensors = nn.Module | Mapping[str, Tensor]
 class Laws:
     """Quantities that gradient flow conserves on any data, and the rescalings of the parameters that belong to them.
 
-    ``couplings`` hold exactly. ``approximate`` hold exactly only as the ε of normalisations goes to 0, and
+    ``couplings`` and ``linear`` hold exactly. ``approximate`` hold exactly only as the ε of normalisations goes to 0, and
     ``measured`` says by how much gradients of this network contradict them, relative to what they are made of.
     ``unknown`` names the operators without a rule that stopped the inference at the places it names, and ``dropped``
     the laws that the graph promised and a gradient contradicted, which is a defect of a rule.
     """
 
     couplings: tuple[Coupling, ...]
+    linear: tuple[LinearLaw, ...] = ()
     approximate: tuple[Coupling, ...] = ()
     unknown: Mapping[str, str] = field(default_factory=dict)
     dropped: Mapping[str, float] = field(default_factory=dict)
@@ -39,7 +42,7 @@ class Laws:
     @property
     def count(self) -> dict[str, int]:
         """Number of independent conserved numbers by kind, of those that hold exactly."""
-        total = {"diagonal": 0, "full": 0}
+        total = {"diagonal": 0, "full": 0, "linear": sum(law.laws for law in self.linear)}
         for coupling in self.couplings:
             total[coupling.kind] += coupling.laws
         return total
@@ -56,25 +59,25 @@ class Laws:
         raise UsageError(f"no coupling is called {name!r}{did_you_mean(name, [c.name for c in self.couplings])}")
 
     def values(self, model: Tensors | Tensor) -> dict[str, Tensor]:
-        """Return C of every coupling, in float64, of a model or of tensors in the shapes of its parameters."""
+        """Return all conserved numbers by name, in float64, of a model or of tensors in its parameters' shapes."""
         tensors = _tensors(model)
-        return {coupling.name: coupling.value(tensors) for coupling in self.couplings}
+        return {law.name: law.value(tensors) for law in (*self.couplings, *self.linear)}
 
     def drift(self, before: Tensors | Tensor, after: Tensors | Tensor) -> dict[str, Tensor]:
-        """Return C(after) − C(before) of every coupling: zero to first order in the step along any gradient path."""
+        """Return how much every conserved number changed: zero to first order in the step along any path of gradients."""
         old, new = self.values(before), self.values(after)
         return {name: new[name] - old[name] for name in old}
 
     def residuals(
         self, model: Tensors | Tensor, gradient: Mapping[str, Tensor] | Tensor | None = None
     ) -> dict[str, float]:
-        """Return |θᵀAg| / Σ|θ||Ag|, the largest of each coupling; without ``gradient``, that in ``.grad``."""
+        """Return |θᵀAg| / Σ|θ||Ag| of each law, the largest of its numbers; without ``gradient``, that in ``.grad``."""
         if gradient is None:
             if not isinstance(model, nn.Module):
                 raise UsageError("residuals: give the gradients, or a module that has them in .grad")
             gradient = {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in model.named_parameters()}
         tensors, g = _tensors(model), _tensors(gradient)
-        return {coupling.name: float(relative(coupling, tensors, g).max()) for coupling in self.couplings}
+        return {law.name: _residual(law, tensors, g) for law in (*self.couplings, *self.linear)}
 
     def act(self, model: nn.Module, log_scales: Mapping[str, Tensor] | Tensor) -> dict[str, Tensor]:
         """Return the state_dict of the network moved along its orbit, which computes the same function.
@@ -173,9 +176,11 @@ class Laws:
 
     def describe(self) -> str:
         """Return a table of the laws in words: what is coupled, how many channels, what is conserved."""
-        rows = [("coupling", "kind", "channels", "laws", "")]
+        rows = [("law", "kind", "channels", "laws", "")]
         for coupling in self.couplings:
             rows.append((coupling.name, coupling.kind, str(coupling.size), str(coupling.laws), ""))
+        for law in self.linear:
+            rows.append((law.name, "linear", str(law.size), str(law.laws), ""))
         for coupling in self.approximate:
             note = f"as ε → 0; here to {self.measured[coupling.name]:.0e}"
             rows.append((coupling.name, coupling.kind, str(coupling.size), str(coupling.laws), note))
@@ -186,6 +191,12 @@ class Laws:
         for place, operator in self.unknown.items():
             lines.append(f"no rule for {operator} (at {place}): what it touches was taken to be fixed")
         return "\n".join(lines)
+
+
+def _residual(law: Coupling | LinearLaw, parameters: Mapping[str, Tensor], gradient: Mapping[str, Tensor]) -> float:
+    if isinstance(law, LinearLaw):
+        return float(relative_sum(law, gradient).max())
+    return float(relative(law, parameters, gradient).max())
 
 
 def _scaled(coupling: Coupling, member: Member, rows: Tensor, z: Tensor) -> Tensor:
@@ -205,6 +216,7 @@ def laws(
     model: nn.Module,
     example_input: Any,
     mode: Literal["eval", "train"] = "eval",
+    loss: Callable[..., Tensor] | nn.Module | None = None,
     points: int = 3,
     seed: int = 0,
 ) -> Laws:
@@ -219,16 +231,18 @@ def laws(
         model: left as it is. Parameters that do not require grad are taken for constants.
         example_input: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
         mode: "eval", or "train", where batch normalisation uses the statistics of the batch.
+        loss: ``torch.nn.functional.cross_entropy`` or an ``nn.CrossEntropyLoss``, which do not notice a shift of all
+            logits: then the sum of the last layer's rows is conserved too. Without it, laws are those of any loss.
         points: number of backward passes, the first at the model itself, the others at perturbed parameters.
         seed: of inputs, cotangents and perturbations.
 
     Raises:
-        UsageError: ``mode`` is neither; the model cannot be exported; or no parameter requires grad.
+        UsageError: ``mode`` is neither; ``loss`` is another; the model cannot be exported; or no parameter requires grad.
 
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> print(laws(model, torch.zeros(1, 3)).describe())
-    coupling  kind      channels  laws
-    0 → 2     diagonal  4         4
+    law    kind      channels  laws
+    0 → 2  diagonal  4         4
     """
     if mode not in ("eval", "train"):
         raise UsageError(f"mode={mode!r}: laws are those of mode='eval' or of mode='train'")
@@ -237,21 +251,34 @@ def laws(
         raise UsageError(
             "no parameter requires grad, so that nothing can be conserved: unfreeze those that are trained"
         )
+    along = _class_axis(loss)
     graph = trace(model, inputs, keywords, mode)
     exact, unknown = _inferred(graph, limit=False)
-    limit, _ = _inferred(graph, limit=True)
-    approximate = _beyond(limit, exact)
-    largest = dict.fromkeys([c.name for c in (*exact, *approximate)], 0.0)
-    for parameters, gradient in gradients(model, inputs, keywords, mode, points=points, seed=seed):
-        for coupling in (*exact, *approximate):
-            residual = float(relative(coupling, parameters, gradient).max())
-            largest[coupling.name] = max(largest[coupling.name], residual)
+    approximate = _beyond(_inferred(graph, limit=True)[0], exact)
+    promised = (*exact, *linear_laws(graph, along), *approximate)
+    largest = [0.0] * len(promised)
+    for parameters, gradient in gradients(model, inputs, keywords, mode, along, points, seed):
+        largest = [max(old, _residual(law, parameters, gradient)) for old, law in zip(largest, promised, strict=True)]
+    measured = {law.name: residual for law, residual in zip(promised, largest, strict=True)}
+    held = [law for law in promised[: len(promised) - len(approximate)] if measured[law.name] <= TOLERANCE]
     return Laws(
-        tuple(c for c in exact if largest[c.name] <= TOLERANCE),
+        tuple(law for law in held if isinstance(law, Coupling)),
+        tuple(law for law in held if isinstance(law, LinearLaw)),
         tuple(approximate),
         unknown,
-        {c.name: largest[c.name] for c in exact if not largest[c.name] <= TOLERANCE},
-        {c.name: largest[c.name] for c in approximate},
+        {law.name: measured[law.name] for law in promised if law not in held and law not in approximate},
+        {law.name: measured[law.name] for law in approximate},
+    )
+
+
+def _class_axis(loss: Callable[..., Tensor] | nn.Module | None) -> int | None:
+    """Return the axis of the output along which the loss is a function of differences only."""
+    if loss is None:
+        return None
+    if loss is nn.functional.cross_entropy or isinstance(loss, nn.CrossEntropyLoss):
+        return 1
+    raise UsageError(
+        f"loss={loss!r}: only the softmax cross-entropy has laws of its own; leave it out for those that hold for any loss"
     )
 
 

@@ -15,8 +15,9 @@ from torch.utils import _pytree as pytree
 from torchflat.errors import UsageError
 from torchflat.objective.state import modules_kept, plain_autograd, random_states_kept
 from torchflat.symmetry.coupling import Coupling, Member
+from torchflat.symmetry.linear import LinearLaw
 
-__all__ = ["TOLERANCE", "gradients", "relative"]
+__all__ = ["TOLERANCE", "gradients", "relative", "relative_sum"]
 
 # In float64 what holds is below 1e-10 even behind a hundred layers; what holds only as ε → 0 is above 1e-8.
 TOLERANCE = 1e-8
@@ -99,15 +100,20 @@ def _centred(value: Tensor, along: int | None) -> Tensor:
 
 def relative(coupling: Coupling, parameters: Mapping[str, Tensor], gradient: Mapping[str, Tensor]) -> Tensor:
     """Return |θᵀAg| / Σ|θ||Ag| for each number of a coupling, in its shape; 0 where nothing depends on a channel."""
-    sizes = Coupling(
-        coupling.name,
-        coupling.size,
-        tuple(Member(m.parameter, m.axis, m.index, m.channel, abs(m.exponent)) for m in coupling.members),
-        coupling.kind,
-    )
+    sizes = Coupling(coupling.name, coupling.size, _weights_only(coupling.members), coupling.kind)
     scale = sizes.product(_absolute(coupling, parameters), _absolute(coupling, gradient))
     return torch.where(scale > 0, coupling.product(parameters, gradient).abs() / scale, 0.0)
 
 
-def _absolute(coupling: Coupling, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {member.parameter: tensors[member.parameter].detach().abs() for member in coupling.members}
+def relative_sum(law: LinearLaw, gradient: Mapping[str, Tensor]) -> Tensor:
+    """Return |aᵀg| / Σ|a||g| for each number of a linear law, (size,); 0 where nothing depends on it."""
+    scale = LinearLaw(law.name, law.size, _weights_only(law.members)).value(_absolute(law, gradient))
+    return torch.where(scale > 0, law.value(gradient).abs() / scale, 0.0)
+
+
+def _weights_only(members: tuple[Member, ...]) -> tuple[Member, ...]:
+    return tuple(Member(m.parameter, m.axis, m.index, m.channel, abs(m.exponent)) for m in members)
+
+
+def _absolute(law: Coupling | LinearLaw, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {member.parameter: tensors[member.parameter].detach().abs() for member in law.members}
