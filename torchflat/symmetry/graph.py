@@ -41,6 +41,9 @@ _KEPT = (
 )
 
 
+_CREATORS = ("full", "zeros", "new_zeros", "new_full", "zeros_like", "full_like", "scalar_tensor")
+
+
 @dataclass(frozen=True, eq=False)
 class Graph:
     """An exported program: which inputs are trained parameters, which are numbers that stay, and what is an output."""
@@ -114,7 +117,9 @@ def _graph(program: ExportedProgram, trained_names: set[str]) -> Graph:
         elif spec.kind is InputKind.PARAMETER or (spec.kind is InputKind.BUFFER and spec.persistent):
             fixed[name] = program.state_dict[str(spec.target)]
         elif spec.kind in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
-            fixed[name] = program.constants[str(spec.target)]
+            # A scalar that the code made is a literal, a scalar buffer is any number.
+            value = program.constants[str(spec.target)]
+            fixed[name] = value if value.ndim or spec.kind is InputKind.CONSTANT_TENSOR else None
         else:
             fixed[name] = None
     nodes = {node.name: node for node in program.graph.nodes}
@@ -142,13 +147,15 @@ def infer(graph: Graph, limit: bool) -> Units:
     return units
 
 
-def _input(graph: Graph, node: fx.Node) -> Form | Weight | Tensor | None:
+def _input(graph: Graph, node: fx.Node) -> Form | Weight | Tensor | float | None:
     shape = node.meta["val"].shape if isinstance(node.meta.get("val"), Tensor) else None
     if node.name in graph.trained:
         return Weight(graph.trained[node.name], torch.empty(graph.shape(graph.trained[node.name]), device="meta"))
     value = graph.fixed[node.name]
     if shape is None:
         return None
+    if value is not None and not shape and node.meta["val"].is_floating_point():
+        return float(value)
     if node.meta["val"].is_floating_point() or node.meta["val"].is_complex():
         return Form(shape)
     return value
@@ -169,11 +176,9 @@ def _call(units: Units, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     if viewed is not None:
         return viewed
     forms = [form for value in (*args, *kwargs.values()) for form in _forms(value)]
-    if forms and all(isinstance(form, Form) and not form.terms for form in forms):
+    if forms and name not in _CREATORS and all(isinstance(form, Form) and not form.terms for form in forms):
         return _pinned(node.meta["val"])
-    if not forms and found is not None and name in ("full", "zeros", "new_zeros", "scalar_tensor"):
-        pass
-    elif not forms:
+    if not forms and name not in _CREATORS:
         return _pinned(node.meta["val"])
     if found is None:
         return _unknown(units, node, args, kwargs)
@@ -219,6 +224,8 @@ def _finished(units: Units, result: Any, meta: Any) -> Any:
         return [_finished(units, part, value) for part, value in zip(parts, meta, strict=False)]
     if result is None:
         return _pinned(meta)
+    if isinstance(result, float):
+        return result
     whole = result.expand(meta.shape)
     units.mixing.fibres(whole, set(range(len(whole.shape))))
     return whole

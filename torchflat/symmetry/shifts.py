@@ -411,7 +411,7 @@ def _final_users(node: fx.Node) -> set[str]:
     found: set[str] = set()
     for user in node.users:
         name = _operator(user)
-        if name in _MOVES or (name == "" and user.op == "call_function"):
+        if name in (*_MOVES, "cat", "neg") or (name == "" and user.op == "call_function"):
             found |= _final_users(user)
         elif name in ("add", "sub") or (name in ("linear", "convolution") and list(user.args).index(node) == 2):
             found.add("added")

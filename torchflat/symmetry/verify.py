@@ -22,6 +22,7 @@ __all__ = ["TOLERANCE", "gradients", "relative", "relative_sum"]
 # In float64 what holds is below 1e-10 even behind a hundred layers; what holds only as ε → 0 is above 1e-8.
 TOLERANCE = 1e-8
 _PERTURBATION = 0.1
+_FLOOR = 1e-6
 
 Passes = Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]
 
@@ -99,15 +100,15 @@ def _centred(value: Tensor, along: int | None) -> Tensor:
 
 
 def relative(coupling: Coupling, parameters: Mapping[str, Tensor], gradient: Mapping[str, Tensor]) -> Tensor:
-    """Return |θᵀAg| / Σ|θ||Ag| for each number of a coupling, in its shape; 0 where nothing depends on a channel."""
+    """Return |θᵀAg| / Σ|θ||Ag| for each number of a coupling, in its shape; rounding in zero gradients counts as 0."""
     sizes = Coupling(coupling.name, coupling.size, _weights_only(coupling.members), coupling.kind)
-    scale = sizes.product(_absolute(coupling, parameters), _absolute(coupling, gradient))
+    scale = sizes.product(_absolute(coupling, parameters), _above_rounding(coupling, gradient))
     return torch.where(scale > 0, coupling.product(parameters, gradient).abs() / scale, 0.0)
 
 
 def relative_sum(law: LinearLaw, gradient: Mapping[str, Tensor]) -> Tensor:
-    """Return |aᵀg| / Σ|a||g| for each number of a linear law, (size,); 0 where nothing depends on it."""
-    scale = LinearLaw(law.name, law.size, _weights_only(law.members)).value(_absolute(law, gradient))
+    """Return |aᵀg| / Σ|a||g| for each number of a linear law, (size,); rounding in zero gradients counts as 0."""
+    scale = LinearLaw(law.name, law.size, _weights_only(law.members)).value(_above_rounding(law, gradient))
     return torch.where(scale > 0, law.value(gradient).abs() / scale, 0.0)
 
 
@@ -117,3 +118,10 @@ def _weights_only(members: tuple[Member, ...]) -> tuple[Member, ...]:
 
 def _absolute(law: Coupling | LinearLaw, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {member.parameter: tensors[member.parameter].detach().abs() for member in law.members}
+
+
+def _above_rounding(law: Coupling | LinearLaw, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return |g|, and a little of what gradients are here in general: a law may say that some are zero."""
+    number = sum(g.numel() for g in gradient.values())
+    floor = _FLOOR * (sum(float(g.detach().double().square().sum()) for g in gradient.values()) / number) ** 0.5
+    return {name: value + floor for name, value in _absolute(law, gradient).items()}
