@@ -87,7 +87,10 @@ def trace(model: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any]
                 for name, buffer in model.named_buffers():
                     if not torch.equal(buffer, buffers[name]):
                         buffer.copy_(buffers[name])
-    return _graph(program, {name for name, p in model.named_parameters() if p.requires_grad})
+    # A module that is used twice is exported under the name of its last place.
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    aliases = model.named_parameters(remove_duplicate=False)
+    return _graph(program, {alias: first[id(p)] for alias, p in aliases if p.requires_grad})
 
 
 TorchErrors = (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError)
@@ -107,13 +110,13 @@ def _slow_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _graph(program: ExportedProgram, trained_names: set[str]) -> Graph:
+def _graph(program: ExportedProgram, names: Mapping[str, str]) -> Graph:
     trained: dict[str, str] = {}
     fixed: dict[str, Tensor | None] = {}
     for spec in program.graph_signature.input_specs:
         name = spec.arg.name
-        if spec.kind is InputKind.PARAMETER and spec.target in trained_names:
-            trained[name] = str(spec.target)
+        if spec.kind is InputKind.PARAMETER and spec.target in names:
+            trained[name] = names[str(spec.target)]
         elif spec.kind is InputKind.PARAMETER or (spec.kind is InputKind.BUFFER and spec.persistent):
             fixed[name] = program.state_dict[str(spec.target)]
         elif spec.kind in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR):

@@ -381,7 +381,9 @@ def _shift_of(graph: Graph, harmless: _Harmless, units: Units, node: fx.Node) ->
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return None
-    if node.name not in graph.trained:
+    # A tied parameter may come in under several names, of which usually one is used.
+    twins = [other for other in graph.nodes if other.users and graph.trained.get(other.name) == graph.trained.get(node.name)]
+    if node.name not in graph.trained or twins != [node]:
         return Form(value.shape)
     allowed = harmless.allowed[node]
     users = _final_users(node)
@@ -428,7 +430,7 @@ def _carried(units: Units, node: fx.Node, forms: dict[fx.Node, Any]) -> Any:
     if name == "" and getattr(node.target, "__name__", "") == "getitem":
         return forms[node.args[0]][node.args[1]]  # type: ignore[index]
     sources = [source for source in node.all_input_nodes if isinstance(forms.get(source), Form)]
-    if any(forms[source].terms for source in sources) and name in _ADDITIVE:
+    if any(_carries(node, source) for source in sources if forms[source].terms):
         carried = _sum(units, node, forms)
         if carried is not None:
             return carried
@@ -500,4 +502,4 @@ def _carries(user: fx.Node, source: fx.Node) -> bool:
         return user.args[0] is source and isinstance(user.args[1], (int, float)) and not user.kwargs
     if name in ("linear", "convolution", "addmm"):
         return [i for i, argument in enumerate(user.args) if argument is source] == [0 if name == "addmm" else 2]
-    return name in _ADDITIVE or (name == "" and isinstance(user.args[0], fx.Node))
+    return (name in _ADDITIVE and (name in RULES or name in ("add", "sub", "neg"))) or (name == "" and isinstance(user.args[0], fx.Node))
