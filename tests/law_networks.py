@@ -144,9 +144,7 @@ class Decoder(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         x = self.tokens(ids) + self.places
         y = self.norm1(x)
-        q, k, v = (
-            f(y).unflatten(-1, (-1, 2)).transpose(1, 2) for f in (self.q, self.k, self.v)
-        )
+        q, k, v = (f(y).unflatten(-1, (-1, 2)).transpose(1, 2) for f in (self.q, self.k, self.v))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         x = x + self.o(y.transpose(1, 2).flatten(2))
         y = self.norm2(x)

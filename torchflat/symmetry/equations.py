@@ -242,7 +242,11 @@ def _one_by_one(rows: Tensor, coefficients: Tensor) -> _Sums:
             scale = -1 / reduced.pop(pivot)
             solved[pivot] = {v: c * scale for v, c in reduced.items()}
     return [
-        (torch.tensor([v]), torch.tensor([list(value)], dtype=torch.int64), torch.tensor([[float(c) for c in value.values()]]).double())
+        (
+            torch.tensor([v]),
+            torch.tensor([list(value)], dtype=torch.int64),
+            torch.tensor([[float(c) for c in value.values()]]).double(),
+        )
         for v, value in solved.items()
     ]
 

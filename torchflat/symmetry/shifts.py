@@ -127,7 +127,9 @@ def _identified(a: Tensor, b: Tensor) -> Tensor:
     used = {axis for labels in (a, b) for axis in dependent_axes(labels)}
     still = [axis for axis in range(a.ndim) if axis not in used]
     shape, a, b = a.shape, narrowed(a, still), narrowed(b.expand(a.shape), still)
-    names, inverse = torch.cat([torch.zeros(1, dtype=torch.int64), a.reshape(-1), b.reshape(-1)]).unique(return_inverse=True)
+    names, inverse = torch.cat([torch.zeros(1, dtype=torch.int64), a.reshape(-1), b.reshape(-1)]).unique(
+        return_inverse=True
+    )
     left, right = inverse[1:].split(a.numel())
     # The patterns are independent: the same label means something else in the other.
     offset = len(names)
@@ -382,7 +384,9 @@ def _shift_of(graph: Graph, harmless: _Harmless, units: Units, node: fx.Node) ->
     if not isinstance(value, Tensor):
         return None
     # A tied parameter may come in under several names, of which usually one is used.
-    twins = [other for other in graph.nodes if other.users and graph.trained.get(other.name) == graph.trained.get(node.name)]
+    twins = [
+        other for other in graph.nodes if other.users and graph.trained.get(other.name) == graph.trained.get(node.name)
+    ]
     if node.name not in graph.trained or twins != [node]:
         return Form(value.shape)
     allowed = harmless.allowed[node]
@@ -478,7 +482,9 @@ def _expanded(form: Any, meta: Any) -> Any:
 
 def _checked(units: Units, node: fx.Node, form: Form, harmless: _Harmless) -> Form:
     """Demand that a shift is harmless to those users that do not carry it on; return the simplest form of it."""
-    edges = [harmless.edge(user, node) for user in node.users if user.op == "call_function" and not _carries(user, node)]
+    edges = [
+        harmless.edge(user, node) for user in node.users if user.op == "call_function" and not _carries(user, node)
+    ]
     if node in harmless.outputs:
         edges.append(harmless.output(node.meta["val"]))
     if not edges:
@@ -502,4 +508,6 @@ def _carries(user: fx.Node, source: fx.Node) -> bool:
         return user.args[0] is source and isinstance(user.args[1], (int, float)) and not user.kwargs
     if name in ("linear", "convolution", "addmm"):
         return [i for i, argument in enumerate(user.args) if argument is source] == [0 if name == "addmm" else 2]
-    return (name in _ADDITIVE and (name in RULES or name in ("add", "sub", "neg"))) or (name == "" and isinstance(user.args[0], fx.Node))
+    return (name in _ADDITIVE and (name in RULES or name in ("add", "sub", "neg"))) or (
+        name == "" and isinstance(user.args[0], fx.Node)
+    )

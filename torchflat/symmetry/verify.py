@@ -53,14 +53,16 @@ def gradients(
         if limit and isinstance(getattr(module, "eps", None), float):
             module.eps = _NEXT_TO_ZERO
     trained = {name: p for name, p in twin.named_parameters() if p.requires_grad}
-    with random_states_kept(), modules_kept(twin, mode == "train"), _float64(), plain_autograd(torch.device("cpu")):
+    with random_states_kept(), _float64(), plain_autograd(torch.device("cpu")):
         torch.manual_seed(seed)
         for point in range(points):
             values = {name: _near(p.detach()) if point else p.detach().clone() for name, p in trained.items()}
             buffers = {name: _scaled(b) if point else b.clone() for name, b in twin.named_buffers()}
             parameters = {name: value.requires_grad_() for name, value in values.items()}
             drawn, named = pytree.tree_map(_random_like, (inputs, dict(keywords)))
-            output = functional_call(twin, (parameters, buffers), drawn, named)
+            # Each call by itself, because functional_call forgets the ties of a module that is registered twice.
+            with modules_kept(twin, mode == "train"):
+                output = functional_call(twin, (parameters, buffers), drawn, named)
             leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
             if not leaves:
                 raise UsageError("the output does not depend on any parameter that requires grad")
