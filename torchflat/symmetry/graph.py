@@ -58,6 +58,11 @@ class Graph:
         """The nodes in order of execution."""
         return list(self.program.graph.nodes)
 
+    @property
+    def parameters(self) -> list[str]:
+        """The names of the trained parameters, each once however often it is tied."""
+        return list(dict.fromkeys(self.trained.values()))
+
     def shape(self, parameter: str) -> torch.Size:
         """Return the shape of a trained parameter."""
         return self.program.state_dict[parameter].shape

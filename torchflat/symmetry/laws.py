@@ -306,7 +306,7 @@ def _arguments(example: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
 
 def _inferred(graph: Graph, limit: bool) -> tuple[list[Law], Mapping[str, str]]:
     units = infer(graph, limit)
-    found = couplings(units, units.equations.solve(), list(graph.trained.values()))
+    found = couplings(units, units.equations.solve(), graph.parameters)
     return list(found), units.unknown
 
 

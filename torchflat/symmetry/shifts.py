@@ -373,7 +373,7 @@ def linear_laws(graph: Graph, along: int | None) -> tuple[LinearLaw, ...]:
             forms[node] = _carried(units, node, forms)
         if isinstance(forms.get(node), Form) and forms[node].terms:
             forms[node] = _checked(units, node, forms[node], harmless)
-    found = couplings(units, units.equations.solve(), list(graph.trained.values()))
+    found = couplings(units, units.equations.solve(), graph.parameters)
     return tuple(
         LinearLaw(f"Σ {coupling.name.replace(' → ', ' − ')}", coupling.size, coupling.members) for coupling in found
     )
