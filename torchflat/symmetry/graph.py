@@ -85,7 +85,7 @@ def trace(model: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any]
         except TorchErrors as error:
             said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UsageError(
-                f"torch.export cannot follow the model: {said}; write control flow that depends on values in torch.where"
+                f"torch.export cannot follow the model: {said}; write choices that depend on values with torch.where"
             ) from error
         finally:
             with torch.no_grad():
@@ -175,9 +175,9 @@ def _call(units: Units, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         if getattr(node.target, "__name__", "") == "getitem":
             return args[0][args[1]] if args[0] is not None else _pinned(node.meta["val"])
         return _unknown(units, node, args, kwargs)
-    if all(isinstance(value, Tensor) for value in (values[source] for source in node.all_input_nodes)):
-        if not _with_units(node.meta["val"]):
-            return node.target(*args, **_on_cpu(kwargs))
+    known = all(isinstance(values[source], Tensor) for source in node.all_input_nodes)
+    if known and not _with_units(node.meta["val"]):
+        return node.target(*args, **_on_cpu(kwargs))
     name = node.target._schema.name.removeprefix("aten::")
     found = RULES.get(name)
     viewed = _viewed(node, args, kwargs)

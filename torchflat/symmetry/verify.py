@@ -41,8 +41,8 @@ def gradients(
     """Yield (parameters, gradients) of ⟨random cotangent, output⟩ for random inputs, at the model and at points near.
 
     The first point is the model's own; at the others parameters and buffers are perturbed by about a tenth. Inputs are
-    normal where they are floating, and drawn from the range of the example where they are integers. ``along`` is an axis
-    of the output over which cotangents sum to zero, as the gradients of a loss do that shifts along it leave alone.
+    normal where they are floating, and from the range of the example where they are integers. ``along`` is an axis of
+    the output over which cotangents sum to zero, as the gradients of a loss do that shifts along it leave alone.
     ``limit`` takes the ε of all modules that have one next to zero.
     """
     try:
