@@ -14,7 +14,7 @@ __all__ = ["SMALL", "Small"]
 
 @dataclass(frozen=True)
 class Small:
-    """One case. ``counts``: diagonal, full, linear; ``shape``: of a batch, of numbers below ``ids`` if that is not 0."""
+    """One case. ``counts``: diagonal, full, linear; ``shape``: of a batch, of numbers below ``ids`` if not 0."""
 
     name: str
     build: Callable[[], nn.Module]

@@ -16,7 +16,7 @@ SLOW = pytest.mark.slow
 CASES = [
     # A stream for each stage, 960 channels, and the inner channels of two blocks each.
     ("resnet18", "eval", 3 * 960, 0, 0),
-    # GELU stops: norm → linear and linear → layer scale of 18 blocks, norms before convolutions, last norm → classifier.
+    # GELU stops: norm → linear, linear → layer scale of 18 blocks, norms before convolutions, last norm → classifier.
     # 1ᵀ of the first convolution (48 + 1) before its norm, and of the biases of 18 depthwise ones.
     ("convnext_tiny", "eval", 2 * 6624 + 96 + 192 + 384 + 768, 0, 49 + 18),
     pytest.param("vgg11_bn", "eval", 2752 + 2 * 4096, 0, 0, marks=SLOW),

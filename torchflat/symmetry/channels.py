@@ -141,8 +141,8 @@ def _couplings(variables: Tensor, slices: Sequence[_Slices], blocks: Tensor, num
         else:
             yield full
     if alone:
-        members = torch.tensor(alone)
-        diagonal = _coupling(variables[torch.isin(variables, members)], own, number, "diagonal")
+        single = torch.tensor(alone)
+        diagonal = _coupling(variables[torch.isin(variables, single)], own, number, "diagonal")
         assert diagonal is not None
         yield diagonal
 

@@ -65,7 +65,8 @@ class Graph:
 
     def shape(self, parameter: str) -> torch.Size:
         """Return the shape of a trained parameter."""
-        return self.program.state_dict[parameter].shape
+        tensor: Tensor = self.program.state_dict[parameter]
+        return tensor.shape
 
 
 def trace(model: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any], mode: str) -> Graph:
@@ -170,7 +171,8 @@ def _input(graph: Graph, node: fx.Node) -> Form | Weight | Tensor | float | None
 
 
 def _call(units: Units, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+    found_arguments: Any = fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+    args, kwargs = found_arguments
     if not isinstance(node.target, torch._ops.OpOverload):
         if getattr(node.target, "__name__", "") == "getitem":
             return args[0][args[1]] if args[0] is not None else _pinned(node.meta["val"])

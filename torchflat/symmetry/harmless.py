@@ -77,7 +77,8 @@ class Harmless:
         """Return by what ``source`` may be shifted as far as ``user`` is concerned."""
         places = [i for i, argument in enumerate(arguments(user)) if argument is source]
         if getattr(user.target, "__name__", "") == "getitem":
-            return self.allowed[source]
+            same: Labels = self.allowed[source]
+            return same
         function = _EDGES.get(operator(user))
         if function is None or len(places) != 1 or source in user.kwargs.values():
             return self._edge_of_cat(user, source) if operator(user) == "cat" else None
@@ -89,7 +90,8 @@ class Harmless:
             return None
         axis = int(arguments(user)[1]) if len(arguments(user)) > 1 else 0
         sizes = [part.meta["val"].shape[axis] for part in parts]
-        return out.split(sizes, axis)[parts.index(source)]
+        part: Tensor = out.split(sizes, axis)[parts.index(source)]
+        return part
 
     def fresh(self, shape: Sequence[int], axes: set[int] | None = None) -> Tensor:
         """Return new labels of ``shape``, equal along all but ``axes``."""
@@ -141,7 +143,8 @@ def identified(a: Tensor, b: Tensor) -> Tensor:
     equations.fresh((2 * offset,))
     equations.zero(Form.of(left) - Form.of(right))
     root = equations.solve().root[left]
-    return names[root].view(a.shape).expand(shape)
+    merged: Tensor = names[root].view(a.shape).expand(shape)
+    return merged
 
 
 def _folded(labels: Tensor, axes: set[int]) -> Tensor:
@@ -155,7 +158,8 @@ def _folded(labels: Tensor, axes: set[int]) -> Tensor:
     equations = Equations()
     equations.fresh((len(names) - 1,))
     equations.zero(Form.of(own) - Form.of(narrowed(own, axes).expand(own.shape)))
-    return names[equations.solve().root[narrowed(own, axes)]].expand(shape)
+    merged: Tensor = names[equations.solve().root[narrowed(own, axes)]].expand(shape)
+    return merged
 
 
 def _apart(labels: Tensor, rows: set[int]) -> Tensor:
@@ -174,7 +178,8 @@ def _apart(labels: Tensor, rows: set[int]) -> Tensor:
 
 
 def _shape(node: fx.Node, place: int) -> torch.Size:
-    return arguments(node)[place].meta["val"].shape
+    shape: torch.Size = arguments(node)[place].meta["val"].shape
+    return shape
 
 
 def _broadcast(labels: Tensor, shape: Sequence[int]) -> Tensor:

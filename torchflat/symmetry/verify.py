@@ -51,7 +51,7 @@ def gradients(
         raise UsageError(f"the model cannot be copied to verify its laws in float64: {error}") from error
     for module in twin.modules():
         if limit and isinstance(getattr(module, "eps", None), float):
-            module.eps = _NEXT_TO_ZERO
+            setattr(module, "eps", _NEXT_TO_ZERO)  # noqa: B010
     trained = {name: p for name, p in twin.named_parameters() if p.requires_grad}
     with random_states_kept(), _float64(), plain_autograd(torch.device("cpu")):
         torch.manual_seed(seed)
