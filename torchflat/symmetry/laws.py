@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -335,7 +335,12 @@ def _inferred(graph: Graph, limit: bool) -> tuple[tuple[Coupling, ...], Mapping[
 def _beyond(limit: Sequence[Coupling], exact: Sequence[Coupling]) -> list[Coupling]:
     """Return those couplings of ``limit`` that are not in ``exact``."""
     known = {_signature(coupling) for coupling in exact}
-    return [coupling for coupling in limit if _signature(coupling) not in known]
+    names = {coupling.name for coupling in exact}
+    return [
+        replace(coupling, name=f"{coupling.name} (ε → 0)") if coupling.name in names else coupling
+        for coupling in limit
+        if _signature(coupling) not in known
+    ]
 
 
 def _signature(coupling: Coupling) -> tuple[Any, ...]:
