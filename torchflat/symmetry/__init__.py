@@ -6,6 +6,8 @@ from torchflat.symmetry.coupling import Coupling, Member
 from torchflat.symmetry.flattest import Flattest, flattest
 from torchflat.symmetry.flow import Flow, flow
 from torchflat.symmetry.group import Group
+from torchflat.symmetry.laws import Laws, laws
+from torchflat.symmetry.linear import LinearLaw
 
 __all__ = [
     "Balanced",
@@ -14,8 +16,11 @@ __all__ = [
     "Flattest",
     "Flow",
     "Group",
+    "Laws",
+    "LinearLaw",
     "Member",
     "balance",
     "flattest",
     "flow",
+    "laws",
 ]
