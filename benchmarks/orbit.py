@@ -1,4 +1,4 @@
-"""λ₁★ from several points of one orbit: do they agree, and what does it take?
+"""λ₁★ from several points of one orbit: how far apart the answers are, and what they take.
 
     python -m benchmarks.orbit [--network NAME ...] [--rows 10000] [--starts 5] [--curvature hessian gauss_newton]
 
@@ -28,6 +28,7 @@ from torchflat.symmetry import Group, Laws, flattest, laws
 
 RESULTS = Path(__file__).parent / "results" / "orbit.json"
 CACHE = Path(__file__).parent / ".cache"
+TOLD = ("network", "curvature", "start", "value", "lower", "products")
 
 
 def loaded(name: str, rows: int) -> tuple[Objective, Laws]:
@@ -81,7 +82,8 @@ def runs(name: str, rows: int, curvature: str, starts: int, done: set[tuple[Any,
 
 def summary(table: list[dict[str, Any]]) -> str:
     """Tell, by network and curvature, how far the starts are apart, and the largest gap and cost."""
-    lines = [f"{'network':18} {'rows':>6} {'curvature':14} {'starts':>6} {'λ₁★':>9} {'apart':>7} {'gap':>7} {'products':>8}"]
+    heads = f"{'starts':>6} {'λ₁★':>9} {'apart':>7} {'gap':>7} {'products':>8}"
+    lines = [f"{'network':18} {'rows':>6} {'curvature':14} {heads}"]
     for key in dict.fromkeys((row["network"], row["rows"], row["curvature"]) for row in table):
         rows = [row for row in table if (row["network"], row["rows"], row["curvature"]) == key]
         values = [row["value"] for row in rows]
@@ -110,7 +112,7 @@ def main() -> None:
             for row in runs(name, options.rows, curvature, options.starts, done):
                 table.append(row)
                 options.out.write_text(json.dumps(table, indent=1) + "\n")
-                print({key: row[key] for key in ("network", "curvature", "start", "value", "lower", "products")}, flush=True)
+                print({key: row[key] for key in TOLD}, flush=True)
     print(summary(table))
 
 
