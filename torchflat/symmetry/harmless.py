@@ -300,11 +300,20 @@ def _operand(s: Harmless, pattern: Tensor, shape: Sequence[int], summed: Sequenc
     return s.renewed(torch.where(short == 0, 0, short * number + base)).expand(tuple(shape))
 
 
+def _through(s: Harmless, out: Tensor, axis: int, shape: Sequence[int]) -> Labels:
+    """Return labels of what a matrix acts on: shifts of its channels become shifts of those of the result."""
+    channels = narrowed(out, set(range(out.ndim)) - {axis}).reshape(-1)
+    every = dependent_axes(out) <= [axis] and len(channels.unique()) == out.shape[axis] and bool(channels.all())
+    return s.fresh(shape, {axis}) if every else None
+
+
 @_edge("linear")
 def _linear(s: Harmless, node: fx.Node, place: int, out: Labels) -> Labels:
     """Wᵢ x may be anything, and something else in every row, so that only what a row allows by itself is left."""
-    if out is None or place == 0:
+    if out is None:
         return None
+    if place == 0:
+        return _through(s, out, out.ndim - 1, _shape(node, 0))
     if place == 2:
         return _broadcast(out, _shape(node, 2))
     rows = set(range(out.ndim - 1))
@@ -314,8 +323,11 @@ def _linear(s: Harmless, node: fx.Node, place: int, out: Labels) -> Labels:
 
 @_edge("convolution")
 def _convolution(s: Harmless, node: fx.Node, place: int, out: Labels) -> Labels:
-    if out is None or place == 0 or arguments(node)[6]:
+    if out is None or arguments(node)[6]:
         return None
+    if place == 0:
+        # Padding would not be shifted along.
+        return None if any(arguments(node)[4]) else _through(s, out, 1, _shape(node, 0))
     rows = set(range(out.ndim)) - {1}
     if place == 2:
         return _folded(out, rows).reshape(-1)

@@ -17,7 +17,16 @@ from torchflat.symmetry.units import RULES, Units
 
 __all__ = ["linear_laws"]
 
-_ADDITIVE = (*MOVES, "add", "sub", "neg", "linear", "convolution", "addmm", "embedding", "mul", "div", "cat")
+# Where a layer takes what it does nothing with but add it, along axis 1, or along the last ones.
+_CHANNEL_BIAS = {
+    "convolution": 2,
+    "group_norm": 3,
+    "_native_batch_norm_legit": 2,
+    "_native_batch_norm_legit_functional": 2,
+    "_native_batch_norm_legit_no_training": 2,
+}
+_BIAS = {"linear": 2, "addmm": 0, "layer_norm": 3, "native_layer_norm": 3, **_CHANNEL_BIAS}
+_ADDITIVE = (*MOVES, "add", "sub", "neg", "embedding", "mul", "div", "cat")
 
 
 def linear_laws(graph: Graph, along: int | None) -> tuple[LinearLaw, ...]:
@@ -97,8 +106,10 @@ def _carried(units: Units, node: fx.Node, forms: dict[fx.Node, Any]) -> Any:
     sources = [source for source in node.all_input_nodes if isinstance(forms.get(source), Form)]
     if any(_carries(node, source) for source in sources if forms[source].terms):
         return _sum(units, node, forms)
-    if isinstance(value, (list, tuple)):
-        return [Form(item.shape) if isinstance(item, Tensor) else None for item in value]
+    return [_still(item) for item in value] if isinstance(value, (list, tuple)) else _still(value)
+
+
+def _still(value: Any) -> Form | None:
     return Form(value.shape) if isinstance(value, Tensor) else None
 
 
@@ -115,10 +126,13 @@ def _sum(units: Units, node: fx.Node, forms: dict[fx.Node, Any]) -> Any:
         return operands[0].scaled(-1.0)
     if name in ("mul", "div"):
         return operands[0].scaled(float(operands[1]) if name == "mul" else 1 / operands[1])
-    if name in ("linear", "addmm"):
-        return operands[0 if name == "addmm" else 2].expand(meta.shape)
-    if name == "convolution":
-        return operands[2].map(lambda labels: labels.view(1, -1, *[1] * (meta.ndim - 2))).expand(meta.shape)
+    if name in _BIAS:
+        result, *others = meta if isinstance(meta, (list, tuple)) else [meta]
+        added = operands[_BIAS[name]]
+        if name in _CHANNEL_BIAS:
+            added = added.map(lambda labels: labels.view(-1, *[1] * (result.ndim - 2)))
+        added = added.expand(result.shape)
+        return [added, *map(_still, others)] if isinstance(meta, (list, tuple)) else added
     if name == "cat":
         operands[0] = [forms[part] for part in operands[0]]
     return _expanded(RULES[name].apply(units, *operands, **kwargs), meta)
@@ -154,7 +168,7 @@ def _carries(user: fx.Node, source: fx.Node) -> bool:
     name = operator(user)
     if name in ("mul", "div"):
         return arguments(user)[0] is source and isinstance(arguments(user)[1], (int, float)) and not user.kwargs
-    if name in ("linear", "convolution", "addmm"):
+    if name in _BIAS:
         return _is_bias(user, source)
     return (name in _ADDITIVE and (name in RULES or name in ("add", "sub", "neg"))) or (
         name == "" and isinstance(arguments(user)[0], fx.Node)
@@ -163,5 +177,5 @@ def _carries(user: fx.Node, source: fx.Node) -> bool:
 
 def _is_bias(user: fx.Node, source: fx.Node) -> bool:
     """Tell whether a layer does nothing with ``source`` but add it."""
-    place = {"linear": 2, "convolution": 2, "addmm": 0}.get(operator(user))
+    place = _BIAS.get(operator(user))
     return [i for i, argument in enumerate(arguments(user)) if argument is source] == [place]
