@@ -1,11 +1,12 @@
 """Networks whose conservation laws are known by hand: at full size, and small enough to count the laws by numbers.
 
 ``NETWORKS[name](small=False)`` returns (model, example_input): a freshly initialised float32 model and the input of one
-batch. ``PLAIN`` are written in plain functional operations, with parameters called p0, p1, …
+batch. ``eps`` replaces that of all normalisations. ``PLAIN`` are written in plain functional operations, with parameters called p0, p1, …
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -106,7 +107,7 @@ SIZES: dict[str, tuple[dict[str, object], dict[str, object]]] = {
 
 def _mlp(widths: Sequence[int]) -> Example:
     layers: list[nn.Module] = []
-    for a, b in zip(widths[:-1], widths[1:], strict=True):
+    for a, b in itertools.pairwise(widths):
         layers += [nn.Linear(a, b), nn.ReLU()]
     return nn.Sequential(*layers[:-1]), torch.randn(2, widths[0])
 
@@ -317,12 +318,14 @@ class _Plain(nn.Module):
         return self.function(x, *self.parameters())
 
 
-def _plain1(vocabulary: int, context: int, width: int, heads: int, head: int, hidden: int, outputs: int) -> Example:
+def _plain1(
+    vocabulary: int, context: int, width: int, heads: int, head: int, hidden: int, outputs: int, eps: float = 1e-5
+) -> Example:
     """Attention with packed projections; the norms subtract the mean and have no parameters."""
 
     def norm(x: Tensor) -> Tensor:
         x = x - x.mean(-1, keepdim=True)
-        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-5)
+        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps)
 
     def function(t, p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, p10):  # type: ignore[no-untyped-def]
         x = p0[t] + p1
@@ -341,11 +344,11 @@ def _plain1(vocabulary: int, context: int, width: int, heads: int, head: int, hi
     return _Plain(function, *shapes), torch.randint(vocabulary, (2, context))
 
 
-def _plain2(width: int, hidden: Sequence[int], outputs: int) -> Example:
+def _plain2(width: int, hidden: Sequence[int], outputs: int, eps: float = 1e-5) -> Example:
     """Two linear maps in a row, then relu·linear, sigmoid·linear and relu² side by side between norms by the length."""
 
     def norm(x: Tensor, gain: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * gain
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * gain
 
     def function(x, p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, p10, p11, p12, p13, p14, p15, p16):  # type: ignore[no-untyped-def]
         x = (x @ p0 + p1) @ p2 + p3
@@ -436,10 +439,17 @@ _BUILDERS: dict[str, Callable[..., Example]] = {
 
 
 def _network(name: str) -> Callable[..., Example]:
-    def build(small: bool = False, seed: int = 0) -> Example:
+    def build(small: bool = False, seed: int = 0, eps: float | None = None) -> Example:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return _BUILDERS[name](**SIZES[name][small])
+            if eps is None or name not in ("plain1", "plain2"):
+                model, example = _BUILDERS[name](**SIZES[name][small])
+            else:
+                model, example = _BUILDERS[name](**SIZES[name][small], eps=eps)
+        for module in model.modules():
+            if eps is not None and hasattr(module, "eps"):
+                module.eps = eps
+        return model, example
 
     return build
 

@@ -24,13 +24,14 @@ __all__ = ["FORMULAS", "TABLE", "Count"]
 
 @dataclass(frozen=True)
 class Count:
-    """Numbers of independent laws, by kind."""
+    """Numbers of independent laws, by kind; ``mixed`` is Σ r, the laws of the full blocks on their diagonals."""
 
     diagonal: int = 0
     centred: int = 0
     full: int = 0
     linear: int = 0
     approximate: int = 0
+    mixed: int = 0
 
     @property
     def exact(self) -> int:
@@ -145,7 +146,7 @@ def _mobilenet_v3_small(blocks: Sequence[tuple[int, int, int, int, str]]) -> Cou
         # fc1 → relu → fc2 of the squeeze; hardsigmoid pins the other side of fc2.
         diagonal += squeezed
         # The stream is linear: projections' γ, β → the next expansions, one per channel of a stream. Mixing channels
-        # would make γ a matrix. Blocks that keep the width add to the stream there is, but for the first, which strides.
+        # would make γ a matrix. A block that keeps the width adds to the stream there is; but the first one strides.
         if not (i and width == out):
             diagonal += out
         # In train mode a shift of the stream goes through the 1×1 expansions, which have no padding, into batch means:
@@ -189,7 +190,7 @@ def _vit_b_16(image: int, patch: int, layers: int, heads: int, width: int, hidde
     # then one sum over channels; conv_proj's bias is added to all other positions: width, and positions − 1 sums.
     embedding = 3 * patch**2 + (width + 1) + (width + positions - 1)
     # All writers of the stream by one factor.
-    count = Count(diagonal, full=full, linear=layers * each + embedding, approximate=1)
+    count = Count(diagonal, full=full, linear=layers * each + embedding, approximate=1, mixed=2 * layers * width)
     return count, count
 
 
@@ -220,7 +221,7 @@ def _gpt_layernorm(
     # Sums over channels of each token's and each position's embedding; and any vector may be moved from all tokens to
     # all positions, of which the constant vector is counted already.
     linear += vocabulary + context + width - 1
-    count = Count(diagonal, full=full, linear=linear, approximate=1)
+    count = Count(diagonal, full=full, linear=linear, approximate=1, mixed=2 * layers * groups * head)
     return count, count
 
 
@@ -230,7 +231,8 @@ def _gpt_rope(
     # As above; what commutes with the rotations of queries and keys scales each pair: head/2 per group.
     diagonal = layers * (2 * width + hidden + groups * head // 2) + width
     # Values and outputs only. RMSNorm sees the mean, and there is no bias.
-    count = Count(diagonal, full=layers * groups * _triangle(head), approximate=1)
+    full = layers * groups * _triangle(head)
+    count = Count(diagonal, full=full, approximate=1, mixed=layers * groups * head)
     return count, count
 
 
@@ -247,7 +249,8 @@ def _plain1(vocabulary: int, context: int, width: int, heads: int, head: int, hi
     readers = 3 * inner + hidden + outputs
     # Key part of p3; sums over the stream's channels of p4, p5, p8, p9; embeddings as in gpt_layernorm.
     writers = inner + (inner + 1) + (hidden + 1) + vocabulary + context + width - 1
-    count = Count(full=2 * heads * _triangle(head), linear=readers + writers, approximate=1)
+    full = 2 * heads * _triangle(head)
+    count = Count(full=full, linear=readers + writers, approximate=1, mixed=2 * inner)
     return count, count
 
 
@@ -257,7 +260,7 @@ def _plain2(width: int, hidden: Sequence[int], outputs: int) -> Counts:
     # p12, p13 → p14 with the square: weights 1 and −2.
     diagonal = 2 * width + 2 * a + b + c
     # p0, p1 → p2: nothing between.
-    count = Count(diagonal, full=_triangle(width), approximate=1)
+    count = Count(diagonal, full=_triangle(width), approximate=1, mixed=width)
     return count, count
 
 
@@ -265,7 +268,7 @@ def _plain3(inputs: int, image: int, widths: Sequence[int], outputs: int) -> Cou
     c, k, m, n = widths
     # p0, p1 → depthwise p2; p2, p3 → grouped p4; first half of p4, p5 → p6; p6, p7 → transposed p9; p9, p10 → p11.
     # Slopes p8 change no factor. The second half of p4, p5 is averaged and stays linear up to p6.
-    count = Count(diagonal=c + c + k + m + n, full=_triangle(k))
+    count = Count(diagonal=c + c + k + m + n, full=_triangle(k), mixed=k)
     return count, count
 
 
@@ -287,7 +290,7 @@ def _plain5(
     # p1 → p2; blocks of each head.
     full = _triangle(rank) + 2 * heads * _triangle(head)
     # Softmax does not see the sum over experts of p8, row by row, and of p9.
-    count = Count(diagonal, full=full, linear=width + 1)
+    count = Count(diagonal, full=full, linear=width + 1, mixed=rank + 2 * heads * head)
     return count, count
 
 

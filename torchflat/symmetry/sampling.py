@@ -1,0 +1,185 @@
+"""Gradients of the outputs of a model at random points, on random inputs, and ranks with the gap they rest on."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from torchflat.errors import DataError, NonFiniteError, UsageError
+from torchflat.parameters import Layout, select
+
+__all__ = ["CHUNK", "CLEAR_GAP", "Draw", "Function", "Rank", "Sampler", "numerical_rank", "sampler"]
+
+# Two neighbouring singular values this far apart leave no doubt where the rank ends.
+CLEAR_GAP = 1e4
+# An example is redrawn at these scales: small inputs leave units of one kind always on or always off.
+SCALES = (0.3, 1.0, 4.0)
+# Gradients taken at once; they share a forward pass.
+CHUNK = 64
+
+Function = Callable[[Tensor, Tensor], Tensor]
+Draw = Callable[[torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class Rank:
+    """``rank`` singular values do not vanish. ``gap`` is the ratio of the last of these to the next, or to rounding."""
+
+    rank: int
+    gap: float
+    right: Tensor
+
+    @property
+    def span(self) -> Tensor:
+        """Orthonormal rows (rank, n) that span the rows of the matrix."""
+        return self.right[: self.rank]
+
+    @property
+    def kernel(self) -> Tensor:
+        """Orthonormal rows (n − rank, n) that the matrix takes to 0."""
+        return self.right[self.rank :]
+
+
+def numerical_rank(matrix: Tensor, scale: float = 0.0) -> Rank:
+    """Cut the singular values of ``matrix`` (m, n) where they fall most steeply; below rounding all count as equal.
+
+    ``scale`` is the size of numbers in it that are not 0, where all of them may be.
+
+    >>> numerical_rank(torch.diag(torch.tensor([3.0, 1.0, 1e-14], dtype=torch.float64))).rank
+    2
+    >>> numerical_rank(torch.full((3, 2), 1e-16, dtype=torch.float64), scale=1.0).rank
+    0
+    """
+    n = matrix.shape[1]
+    if len(matrix) > 2 * n:
+        matrix = torch.linalg.qr(matrix, mode="r").R
+    _, values, right = torch.linalg.svd(matrix, full_matrices=True)
+    largest = max([scale, *values[:1].tolist()])
+    floor = largest * max(n, 1) * torch.finfo(matrix.dtype).eps
+    if not floor:
+        return Rank(0, math.inf, right)
+    # The rank ends before the first value only where that is small beside ``scale``.
+    values = torch.cat([values.new_tensor([largest]), values.clamp_min(floor), values.new_tensor([floor])])
+    ratios = values[:-1] / values[1:]
+    rank = int(ratios.argmax())
+    return Rank(rank, float(ratios[rank]), right)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A function of (x, batch), and how to draw points x (n,) and batches. All in float64."""
+
+    function: Function
+    n: int
+    layout: Layout
+    points: Draw
+    batches: Draw
+
+    def stack(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw ``count`` batches, (count, *batch)."""
+        return torch.stack([self.batches(generator) for _ in range(count)])
+
+    def gradients(self, x: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        """Return the gradients of single outputs at x, each on a fresh batch: at least ``count`` rows, (m, n).
+
+        Raises:
+            NonFiniteError: one of them holds NaN or infinity.
+        """
+        outputs = self.function(x, self.batches(generator)).numel()
+        batches = self.stack(-(-count // outputs), generator)
+
+        def rows(batch: Tensor) -> Tensor:
+            jacobian: Tensor = torch.func.jacrev(lambda y: self.function(y, batch).reshape(-1))(x)
+            return jacobian
+
+        with sdpa_kernel(SDPBackend.MATH):
+            try:
+                answer = torch.func.vmap(rows, chunk_size=max(1, CHUNK // outputs))(batches)
+            except RuntimeError:
+                # Some operators, recurrent layers among them, cannot be batched: the same rows, one batch at a time.
+                answer = torch.stack([rows(batch) for batch in batches])
+        answer = answer.reshape(-1, self.n)
+        if not bool(answer.isfinite().all()):
+            raise NonFiniteError("a gradient at a random point holds NaN or infinity: give parameters= a narrower draw")
+        return answer.detach()
+
+
+def sampler(
+    model: nn.Module | Function, inputs: Tensor | Draw, parameters: int | Draw | None, generator: torch.Generator
+) -> Sampler:
+    """Make the sampler of a module or a function; see :func:`torchflat.symmetry.discover` for the arguments."""
+    batches = inputs if callable(inputs) else _like(inputs)
+    if isinstance(model, nn.Module):
+        function, layout = _functional(model)
+    elif parameters is None:
+        raise UsageError("of a function, say how many parameters it has: parameters=n, or a way to draw them")
+    else:
+        function, layout = model, None
+    if parameters is None:
+        assert layout is not None
+        points = _fan_in(layout)
+    else:
+        points = parameters if callable(parameters) else _normal(parameters)
+    x = points(generator)
+    if x.dtype != torch.float64 or x.dim() != 1:
+        raise UsageError(f"parameters= draws {x.dtype} {tuple(x.shape)}: float64 vectors of shape (n,) are needed")
+    layout = layout or Layout(("x",), (x.shape,))
+    if len(x) != layout.n:
+        raise UsageError(f"parameters= draws {len(x)} numbers, but the model has {layout.n} parameters")
+    output = function(x, batches(generator))
+    if not isinstance(output, Tensor) or output.dtype != torch.float64:
+        found = output.dtype if isinstance(output, Tensor) else type(output).__name__
+        raise DataError(f"the model returns {found}, where one float64 tensor is needed: cast its inputs and constants")
+    return Sampler(function, layout.n, layout, points, batches)
+
+
+def _functional(model: nn.Module) -> tuple[Function, Layout]:
+    """Make the outputs a function of the flat vector of the parameters that require grad, on a float64 copy."""
+    model = copy.deepcopy(model).double()
+    names = select(model, None)
+    own = dict(model.named_parameters())
+    layout = Layout(tuple(names), tuple(own[name].shape for name in names))
+
+    def function(x: Tensor, batch: Tensor) -> Tensor:
+        tensors = dict(zip(names, layout.split(x), strict=True))
+        output: Tensor = torch.func.functional_call(model, tensors, (batch,))
+        return output
+
+    return function, layout
+
+
+def _normal(n: int) -> Draw:
+    return lambda generator: torch.randn(n, generator=generator, dtype=torch.float64)
+
+
+def _fan_in(layout: Layout) -> Draw:
+    """Entries of random sign and of size (½ … 1½)/√fan-in: none is near 0, where laws degenerate."""
+
+    def draw(generator: torch.Generator) -> Tensor:
+        parts = []
+        for shape in layout.shapes:
+            fan_in = math.prod(shape[1:]) if len(shape) > 1 else 1
+            signs = torch.randint(2, shape, generator=generator) * 2 - 1
+            sizes = 0.5 + torch.rand(shape, generator=generator, dtype=torch.float64)
+            parts.append((signs * sizes / math.sqrt(fan_in)).reshape(-1))
+        return torch.cat(parts)
+
+    return draw
+
+
+def _like(example: Tensor) -> Draw:
+    if not example.is_floating_point():
+        raise UsageError(f"inputs= is {example.dtype}: give a function that draws such a batch from a torch.Generator")
+
+    def draw(generator: torch.Generator) -> Tensor:
+        scales = torch.tensor(SCALES, dtype=torch.float64)
+        chosen = scales[torch.randint(len(SCALES), (), generator=generator)]
+        return chosen * torch.randn(example.shape, generator=generator, dtype=torch.float64)
+
+    return draw
