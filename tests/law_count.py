@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from law_networks import NETWORKS, SIZES
@@ -44,13 +47,12 @@ class Counted:
 def counted(name: str, mode: str, *, eps: float, seed: int = 0) -> Counted:
     """Count the laws of a small network, with generic buffers, in eval mode or with batch statistics."""
     model, example = NETWORKS[name](small=True, eps=eps)
-    randomise_buffers(model, mode, seed)
-    tensors = dict(model.named_parameters())
+    inputs = like(example) if example.is_floating_point() else tokens(example, SIZES[name][1]["vocabulary"])
     names = select(model, None)
-    layout = Layout(tuple(names), tuple(tensors[n].shape for n in names))
-    inputs = example if example.is_floating_point() else tokens(example, SIZES[name][1]["vocabulary"])
-    laws = discover(model, inputs, products=Products.slices(layout), seed=seed)
-    return by_kind(laws)
+    layout = Layout(tuple(names), tuple(model.get_parameter(n).shape for n in names))
+    set_buffers(model.double().eval(), mode, inputs, torch.Generator().manual_seed(seed))
+    points = partial(draw_parameters, copy.deepcopy(model), inputs)
+    return by_kind(discover(model, inputs, parameters=points, products=Products.slices(layout), seed=seed))
 
 
 def by_kind(laws: Discovery) -> Counted:
@@ -64,18 +66,57 @@ def by_kind(laws: Discovery) -> Counted:
     return Counted(linear.count, apart.rank - linear.count, centred.count - apart.rank, laws.count - centred.count, gap)
 
 
-def randomise_buffers(model: nn.Module, mode: str, seed: int) -> None:
-    """Give BatchNorms generic statistics, or none in train mode, where they are the batch's."""
-    generator = torch.Generator().manual_seed(seed)
-    model.eval()
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            assert module.running_mean is not None and module.running_var is not None
-            if mode == "eval":
-                module.running_mean.copy_(torch.randn(module.num_features, generator=generator) / 2)
-                module.running_var.copy_(0.5 + torch.rand(module.num_features, generator=generator))
-            else:
-                module.running_mean = module.running_var = module.num_batches_tracked = None
+def set_buffers(model: nn.Module, mode: str, inputs: Draw, generator: torch.Generator) -> None:
+    """Give BatchNorms statistics near to those of data, or none in train mode, where they are the batch's."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    draw_parameters(model, inputs, generator)
+    for norm in norms:
+        if mode == "train":
+            norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+        else:
+            norm.running_mean.copy_(torch.randn(norm.num_features, generator=generator))
+            norm.running_var.copy_(0.5 + torch.rand(norm.num_features, generator=generator))
+
+
+def draw_parameters(model: nn.Module, inputs: Draw, generator: torch.Generator) -> Tensor:
+    """Return generic parameters (n,), for which most units switch: layers with a bias are centred on data, roughly."""
+    for parameter in model.parameters():
+        normal = torch.randn(parameter.shape, generator=generator)
+        if parameter.numel() == parameter.shape[0]:
+            parameter.data.copy_(normal.sign() * (0.5 + torch.rand(parameter.shape, generator=generator)))
+        else:
+            parameter.data.copy_(normal / math.sqrt(parameter[0].numel()))
+    handles = [module.register_forward_hook(partial(_centre, generator)) for module in model.modules()]
+    with torch.no_grad():
+        model(torch.cat([inputs(generator) for _ in range(50)]))
+    for handle in handles:
+        handle.remove()
+    return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
+
+
+def _centre(generator: torch.Generator, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
+    """Scale and shift a layer with a bias so that its outputs are of order 1 and change sign."""
+    if not isinstance(module, nn.Linear | nn.Conv2d | nn.modules.batchnorm._BatchNorm) or module.bias is None:
+        return None
+    axis = output.dim() - 1 if isinstance(module, nn.Linear) else 1
+    rows = output.movedim(axis, 0).flatten(1)
+    # A channel may be dead here.
+    factor = (0.5 + torch.rand(len(rows), generator=generator)) / rows.std(1).clamp_min(0.1)
+    shift = 0.5 * torch.randn(len(rows), generator=generator) - rows.mean(1) * factor
+    module.weight.data *= factor.reshape(-1, *[1] * (module.weight.dim() - 1))
+    module.bias.data.mul_(factor).add_(shift)
+    return module.forward(*inputs)
+
+
+def like(example: Tensor) -> Draw:
+    """Normal inputs in the shape of the example, at three scales in turn of the dice."""
+    scales = torch.tensor([0.3, 1.0, 3.0], dtype=torch.float64)
+
+    def draw(generator: torch.Generator) -> Tensor:
+        chosen = scales[torch.randint(3, (len(example), *[1] * (example.dim() - 1)), generator=generator)]
+        return chosen * torch.randn(example.shape, generator=generator, dtype=torch.float64)
+
+    return draw
 
 
 def tokens(example: Tensor, vocabulary: int) -> Draw:

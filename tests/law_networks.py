@@ -152,13 +152,13 @@ class _NarrowResNet(ResNet):
 def _resnet18(layers: Sequence[int], planes: Sequence[int]) -> Example:
     if planes[0] == 64:
         return tv.resnet18(), torch.randn(1, 3, 224, 224)
-    return _NarrowResNet(BasicBlock, layers, planes), torch.randn(2, 1, 32, 32)
+    return _NarrowResNet(BasicBlock, layers, planes), torch.randn(2, 1, 33, 33)
 
 
 def _resnet50(layers: Sequence[int], planes: Sequence[int]) -> Example:
     if planes[0] == 64:
         return tv.resnet50(), torch.randn(1, 3, 224, 224)
-    return _NarrowResNet(Bottleneck, layers, planes), torch.randn(2, 1, 16, 16)
+    return _NarrowResNet(Bottleneck, layers, planes), torch.randn(2, 1, 17, 17)
 
 
 def _vgg11_bn(channels: Sequence[int], hidden: int) -> Example:
@@ -180,7 +180,7 @@ def _mobilenet_v3_small(blocks: Sequence[tuple[int, int, int, int, str]]) -> Exa
         # The constructor rounds to multiples of 8.
         setting.input_channels, setting.expanded_channels, setting.out_channels = a, e, b
         settings.append(setting)
-    return MobileNetV3(settings, last_channel=2, num_classes=2, dropout=0.0), torch.randn(2, 3, 12, 12)
+    return MobileNetV3(settings, last_channel=2, num_classes=2, dropout=0.0), torch.randn(2, 3, 16, 16)
 
 
 def _densenet121(growth: int, blocks: Sequence[int], start: int, bottleneck: int) -> Example:

@@ -23,9 +23,16 @@ __all__ = ["Discovery", "LawCount", "Products", "discover", "law_count"]
 GRADIENTS_PER_PARAMETER, LEAST_GRADIENTS = 2, 256
 # Batches behind each field of a bracket: two fields must switch the same unit for their bracket to show it.
 MIXED = 32
-# Points in a row that must leave all laws alone. Fewer would do for generic equations; these are not: any n points lie
+# Points in a row that must rule out nothing. Fewer would do for generic equations; these are not: any n points lie
 # in a hyperplane c·x = d, on which (c·x − d)² has no gradient.
-IDLE_POINTS = 3
+IDLE_POINTS = 4
+# What rules candidates out at once. Weaker equations would tilt the null space by rounding over their strength, and so
+# all idle points decide about them together.
+STRONG = 1e-2
+# Points that say how large each candidate's derivatives are. Those below this part of the largest stay as they are.
+SIZING_POINTS, SMALLEST_UNIT = 2, 1e-2
+# Directions of gradients below this part of the strongest are not exact enough to use.
+WEAK_DIRECTION = 1e-5
 # Beyond it the unknowns do not fit a dense factorisation.
 LARGEST = 12_000
 # Vectors by which a span may fail to grow before it counts as complete.
@@ -176,20 +183,39 @@ def discover(
             f"{source.n} parameters make {_products_of(source.n)} products: give products=, or a smaller model"
         )
     products = Products.all(source.n) if products is None else products
-    kernel = torch.eye(len(products) + source.n, dtype=torch.float64)
-    gap, idle = math.inf, 0
-    while idle < IDLE_POINTS and len(kernel):
-        x = source.points(generator)
-        gradients = numerical_rank(_gradients(source, x, generator))
-        equations = torch.cat([products.derivatives(x, gradients.span), gradients.span], 1)
-        left = numerical_rank(equations @ kernel.T, scale=1.0)
-        gap = min(gap, gradients.gap, left.gap)
-        idle = 0 if left.rank else idle + 1
-        kernel = left.kernel @ kernel
-    quadratic, linear = kernel.split([len(products), source.n], 1)
-    answer = _counted(products, quadratic, linear, source.points(generator), gap)
+    sizes = torch.stack([_equations(source, products, generator).square().mean(0) for _ in range(SIZING_POINTS)])
+    unit = sizes.mean(0).sqrt()
+    # Rows are laws in coordinates in which each candidate's equations are of order 1, or below if they are tiny.
+    unit = _levelled(unit)
+    kernel = torch.eye(len(unit), dtype=torch.float64)
+    idle: list[Tensor] = []
+    while len(idle) < IDLE_POINTS:
+        left = (_equations(source, products, generator) / unit) @ kernel.T
+        strong = numerical_rank(left, STRONG, scale=1.0)
+        idle = [] if strong.rank else [*idle, left]
+        kernel = strong.kernel @ kernel
+    final = numerical_rank(torch.cat(idle), scale=1.0)
+    kernel = final.kernel @ kernel
+    laws = torch.linalg.qr((kernel / unit).T).Q.T
+    quadratic, linear = laws.split([len(products), source.n], 1)
+    answer = _counted(products, quadratic, linear, source.points(generator), final.gap)
     _warn_unless_clear("discover", answer.gap)
     return answer
+
+
+def _equations(source: Sampler, products: Products, generator: torch.Generator) -> Tensor:
+    """What (S, a) must satisfy at one random point, as rows (r, terms + n)."""
+    x = source.points(generator)
+    gradients = _gradients(source, x, generator)
+    size = _levelled(gradients.square().mean(0).sqrt())
+    # Directions too weak to be exact are left out: what they would rule out, others at other points do.
+    directions = torch.nn.functional.normalize(numerical_rank(gradients / size, WEAK_DIRECTION).span * size)
+    return torch.cat([products.derivatives(x, directions), directions], 1)
+
+
+def _levelled(sizes: Tensor) -> Tensor:
+    """Replace sizes that may be rounding by the largest, so that dividing by them does not blow it up."""
+    return torch.where(sizes > SMALLEST_UNIT * sizes.max(), sizes, sizes.max())
 
 
 def _gradients(source: Sampler, x: Tensor, generator: torch.Generator) -> Tensor:
@@ -246,10 +272,10 @@ def law_count(
     generator = torch.Generator().manual_seed(seed)
     source = sampler(model, inputs, parameters, generator)
     x = source.points(generator)
-    gradients = _unit(_gradients(source, x, generator))
+    gradients = _gradients(source, x, generator)
     span = numerical_rank(gradients)
     while span.rank < source.n:
-        gradients = torch.cat([gradients, _unit(source.gradients(x, len(gradients), generator))])
+        gradients = torch.cat([gradients, source.gradients(x, len(gradients), generator)])
         grown = numerical_rank(gradients)
         if grown.rank == span.rank:
             break
@@ -311,11 +337,6 @@ def _bracket(v: Callable[[Tensor], Tensor], w: Callable[[Tensor], Tensor]) -> Ca
         return first - second
 
     return field
-
-
-def _unit(rows: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    return rows / norms.clamp_min(torch.finfo(rows.dtype).tiny)
 
 
 def _warn_unless_clear(what: str, gap: float) -> None:

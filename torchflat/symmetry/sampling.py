@@ -18,6 +18,8 @@ __all__ = ["CHUNK", "CLEAR_GAP", "Draw", "Function", "Rank", "Sampler", "numeric
 
 # Two neighbouring singular values this far apart leave no doubt where the rank ends.
 CLEAR_GAP = 1e4
+# What vanishes does so to about 1e-9 of what does not, where gradients are kept down to 1e-6 of their size.
+TOLERANCE = 1e-6
 # An example is redrawn at these scales: small inputs leave units of one kind always on or always off.
 SCALES = (0.3, 1.0, 4.0)
 # Gradients taken at once; they share a forward pass.
@@ -46,10 +48,8 @@ class Rank:
         return self.right[self.rank :]
 
 
-def numerical_rank(matrix: Tensor, scale: float = 0.0) -> Rank:
-    """Cut the singular values of ``matrix`` (m, n) where they fall most steeply; below rounding all count as equal.
-
-    ``scale`` is the size of numbers in it that are not 0, where all of them may be.
+def numerical_rank(matrix: Tensor, tolerance: float = TOLERANCE, scale: float = 0.0) -> Rank:
+    """Count the singular values of ``matrix`` (m, n) above ``tolerance`` times the largest, or ``scale`` if larger.
 
     >>> numerical_rank(torch.diag(torch.tensor([3.0, 1.0, 1e-14], dtype=torch.float64))).rank
     2
@@ -61,14 +61,13 @@ def numerical_rank(matrix: Tensor, scale: float = 0.0) -> Rank:
         matrix = torch.linalg.qr(matrix, mode="r").R
     _, values, right = torch.linalg.svd(matrix, full_matrices=True)
     largest = max([scale, *values[:1].tolist()])
-    floor = largest * max(n, 1) * torch.finfo(matrix.dtype).eps
-    if not floor:
+    rank = int((values > tolerance * largest).sum())
+    rounding = max(largest * max(n, 1) * torch.finfo(matrix.dtype).eps, torch.finfo(matrix.dtype).tiny)
+    if not largest:
         return Rank(0, math.inf, right)
-    # The rank ends before the first value only where that is small beside ``scale``.
-    values = torch.cat([values.new_tensor([largest]), values.clamp_min(floor), values.new_tensor([floor])])
-    ratios = values[:-1] / values[1:]
-    rank = int(ratios.argmax())
-    return Rank(rank, float(ratios[rank]), right)
+    above = float(values[rank - 1]) if rank else largest
+    below = max([rounding, *values[rank : rank + 1].tolist()])
+    return Rank(rank, above / below, right)
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,9 @@ class Sampler:
         return torch.stack([self.batches(generator) for _ in range(count)])
 
     def gradients(self, x: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        """Return the gradients of single outputs at x, each on a fresh batch: at least ``count`` rows, (m, n).
+        """Return the directions of the gradients of single outputs at x: at least ``count`` unit rows, (m, n).
+
+        Outputs that depend on no parameter give 0.
 
         Raises:
             NonFiniteError: one of them holds NaN or infinity.
@@ -107,7 +108,9 @@ class Sampler:
         answer = answer.reshape(-1, self.n)
         if not bool(answer.isfinite().all()):
             raise NonFiniteError("a gradient at a random point holds NaN or infinity: give parameters= a narrower draw")
-        return answer.detach()
+        lengths = torch.linalg.vector_norm(answer, dim=1, keepdim=True).clamp_min(torch.finfo(answer.dtype).tiny)
+        directions: Tensor = answer / lengths
+        return directions.detach()
 
 
 def sampler(
