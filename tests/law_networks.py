@@ -1,7 +1,8 @@
 """Networks whose conservation laws are known by hand: at full size, and small enough to count the laws by numbers.
 
 ``NETWORKS[name](small=False)`` returns (model, example_input): a freshly initialised float32 model and the input of one
-batch. ``eps`` replaces that of all normalisations. ``PLAIN`` are written in plain functional operations, with parameters called p0, p1, …
+batch. ``eps`` replaces that of all normalisations. ``PLAIN`` are written in plain functional operations, with
+parameters called p0, p1, …
 """
 
 from __future__ import annotations

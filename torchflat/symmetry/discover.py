@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -35,6 +35,8 @@ SIZING_POINTS, SMALLEST_UNIT = 2, 1e-2
 WEAK_DIRECTION = 1e-5
 # Beyond it the unknowns do not fit a dense factorisation.
 LARGEST = 12_000
+# Gradients and brackets themselves vanish to rounding.
+EXACT = 1e-9
 # Vectors by which a span may fail to grow before it counts as complete.
 IDLE_BRACKETS = 16
 
@@ -198,13 +200,17 @@ def discover(
     kernel = final.kernel @ kernel
     laws = torch.linalg.qr((kernel / unit).T).Q.T
     quadratic, linear = laws.split([len(products), source.n], 1)
-    answer = _counted(products, quadratic, linear, source.points(generator), final.gap)
+    found = _counted(products, quadratic, linear, source.points(generator), final.gap)
+    # Directions that were too weak to use must at least not speak against what was found.
+    against = _gradients(source, found.point, generator) @ torch.nn.functional.normalize(found.gradients(found.point)).T
+    silent = numerical_rank(against.abs().amax(0)[None], scale=1.0)
+    answer = dataclasses.replace(found, gap=min(found.gap, silent.gap if not silent.rank else 1.0))
     _warn_unless_clear("discover", answer.gap)
     return answer
 
 
 def _equations(source: Sampler, products: Products, generator: torch.Generator) -> Tensor:
-    """What (S, a) must satisfy at one random point, as rows (r, terms + n)."""
+    """Return what (S, a) must satisfy at one random point, as rows (r, terms + n)."""
     x = source.points(generator)
     gradients = _gradients(source, x, generator)
     size = _levelled(gradients.square().mean(0).sqrt())
@@ -273,10 +279,10 @@ def law_count(
     source = sampler(model, inputs, parameters, generator)
     x = source.points(generator)
     gradients = _gradients(source, x, generator)
-    span = numerical_rank(gradients)
+    span = numerical_rank(gradients, EXACT)
     while span.rank < source.n:
         gradients = torch.cat([gradients, source.gradients(x, len(gradients), generator)])
-        grown = numerical_rank(gradients)
+        grown = numerical_rank(gradients, EXACT)
         if grown.rank == span.rank:
             break
         span = grown
@@ -284,7 +290,7 @@ def law_count(
     for level in range(1, depth + 1):
         while span.rank < source.n:
             brackets = _brackets(source, x, level, source.n - span.rank + IDLE_BRACKETS, generator)
-            grown = numerical_rank(torch.cat([span.span, brackets]))
+            grown = numerical_rank(torch.cat([span.span, brackets]), EXACT)
             gap = min(gap, grown.gap)
             if grown.rank == span.rank:
                 break

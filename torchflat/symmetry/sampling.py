@@ -20,6 +20,8 @@ __all__ = ["CHUNK", "CLEAR_GAP", "Draw", "Function", "Rank", "Sampler", "numeric
 CLEAR_GAP = 1e4
 # What vanishes does so to about 1e-9 of what does not, where gradients are kept down to 1e-6 of their size.
 TOLERANCE = 1e-6
+# A number this close to the tolerance might belong to either side.
+MARGIN = 10.0
 # An example is redrawn at these scales: small inputs leave units of one kind always on or always off.
 SCALES = (0.3, 1.0, 4.0)
 # Gradients taken at once; they share a forward pass.
@@ -31,7 +33,11 @@ Draw = Callable[[torch.Generator], Tensor]
 
 @dataclass(frozen=True)
 class Rank:
-    """``rank`` singular values do not vanish. ``gap`` is the ratio of the last of these to the next, or to rounding."""
+    """``rank`` singular values do not vanish.
+
+    ``gap`` is the ratio of the last of these to the next, or to rounding; where one of the two is within a factor of 10
+    of the tolerance that divides them, that factor.
+    """
 
     rank: int
     gap: float
@@ -67,7 +73,8 @@ def numerical_rank(matrix: Tensor, tolerance: float = TOLERANCE, scale: float = 
         return Rank(0, math.inf, right)
     above = float(values[rank - 1]) if rank else largest
     below = max([rounding, *values[rank : rank + 1].tolist()])
-    return Rank(rank, above / below, right)
+    distance = min(above / (tolerance * largest), tolerance * largest / below)
+    return Rank(rank, above / below if distance > MARGIN else distance, right)
 
 
 @dataclass(frozen=True)
