@@ -43,6 +43,8 @@ class Counted:
 def counted(name: str, mode: str, *, eps: float, seed: int = 0) -> Counted:
     """Count the laws of a small network, with generic buffers, in eval mode or with batch statistics."""
     model, example = NETWORKS[name](small=True, eps=eps)
+    # Batch statistics of few numbers may hardly vary, and gradients are then huge.
+    example = example.repeat(3, *[1] * (example.dim() - 1)) if mode == "train" else example
     inputs = like(example) if example.is_floating_point() else tokens(example, SIZES[name][1]["vocabulary"])
     names = select(model, None)
     layout = Layout(tuple(names), tuple(model.get_parameter(n).shape for n in names))
@@ -98,7 +100,11 @@ def _centre(generator: torch.Generator, module: nn.Module, inputs: tuple[Tensor]
     rows = output.movedim(axis, 0).flatten(1)
     # A channel may be dead here.
     factor = (0.5 + torch.rand(len(rows), generator=generator)) / rows.std(1).clamp_min(0.1)
-    shift = 0.5 * torch.randn(len(rows), generator=generator) - rows.mean(1) * factor
+    shift = 0.5 * torch.randn(len(rows), generator=generator)
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        # Rather on than off: a channel that is off on a whole batch has no variance to normalise the next one by.
+        shift = 0.2 + 0.8 * torch.rand(len(rows), generator=generator)
+    shift -= rows.mean(1) * factor
     module.weight.data *= factor.reshape(-1, *[1] * (module.weight.dim() - 1))
     module.bias.data.mul_(factor).add_(shift)
     return module.forward(*inputs)

@@ -54,24 +54,33 @@ TABLE: dict[str, Counts] = {
     "mobilenet_v3_small": (Count(diagonal=1152), Count(diagonal=1152, linear=568, approximate=6056)),
     "densenet121": (Count(diagonal=41760), Count(diagonal=41760, approximate=10304)),
     "vit_b_16": (
-        Count(diagonal=19200, full=599040, linear=57821, approximate=1),
-        Count(diagonal=19200, full=599040, linear=57821, approximate=1),
+        Count(diagonal=19200, full=599040, linear=57821, approximate=1, mixed=18432),
+        Count(diagonal=19200, full=599040, linear=57821, approximate=1, mixed=18432),
     ),
     "convnext_tiny": (
         Count(diagonal=14688, linear=67, approximate=23),
         Count(diagonal=14688, linear=67, approximate=23),
     ),
     "gpt_layernorm": (
-        Count(diagonal=512, full=288, linear=743, approximate=1),
-        Count(diagonal=512, full=288, linear=743, approximate=1),
+        Count(diagonal=512, full=288, linear=743, approximate=1, mixed=64),
+        Count(diagonal=512, full=288, linear=743, approximate=1, mixed=64),
     ),
-    "gpt_rope": (Count(diagonal=528, full=144, approximate=1), Count(diagonal=528, full=144, approximate=1)),
+    "gpt_rope": (
+        Count(diagonal=528, full=144, approximate=1, mixed=32),
+        Count(diagonal=528, full=144, approximate=1, mixed=32),
+    ),
     "rnn": (Count(diagonal=40, linear=40), Count(diagonal=40, linear=40)),
-    "plain1": (Count(full=440, linear=627, approximate=1), Count(full=440, linear=627, approximate=1)),
-    "plain2": (Count(diagonal=122, full=300, approximate=1), Count(diagonal=122, full=300, approximate=1)),
-    "plain3": (Count(diagonal=39, full=21), Count(diagonal=39, full=21)),
+    "plain1": (
+        Count(full=440, linear=627, approximate=1, mixed=80),
+        Count(full=440, linear=627, approximate=1, mixed=80),
+    ),
+    "plain2": (
+        Count(diagonal=122, full=300, approximate=1, mixed=24),
+        Count(diagonal=122, full=300, approximate=1, mixed=24),
+    ),
+    "plain3": (Count(diagonal=39, full=21, mixed=6), Count(diagonal=39, full=21, mixed=6)),
     "plain4": (Count(diagonal=10, linear=18), Count(diagonal=10, linear=18)),
-    "plain5": (Count(diagonal=71, full=96, linear=25), Count(diagonal=71, full=96, linear=25)),
+    "plain5": (Count(diagonal=71, full=96, linear=25, mixed=33), Count(diagonal=71, full=96, linear=25, mixed=33)),
 }
 
 

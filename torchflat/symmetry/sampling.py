@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -106,7 +107,8 @@ class Sampler:
             jacobian: Tensor = torch.func.jacrev(lambda y: self.function(y, batch).reshape(-1))(x)
             return jacobian
 
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop")
             try:
                 answer = torch.func.vmap(rows, chunk_size=max(1, CHUNK // outputs))(batches)
             except RuntimeError:
