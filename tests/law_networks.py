@@ -79,7 +79,7 @@ SIZES: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     ),
     "gpt_layernorm": (
         {"vocabulary": 300, "context": 24, "layers": 2, "width": 64, "heads": 8, "groups": 2, "head": 8, "hidden": 96},
-        {"vocabulary": 6, "context": 4, "layers": 1, "width": 4, "heads": 2, "groups": 1, "head": 3, "hidden": 4},
+        {"vocabulary": 7, "context": 4, "layers": 1, "width": 5, "heads": 2, "groups": 1, "head": 3, "hidden": 4},
     ),
     "gpt_rope": (
         {"vocabulary": 300, "context": 24, "layers": 2, "width": 64, "heads": 8, "groups": 2, "head": 8, "hidden": 96},

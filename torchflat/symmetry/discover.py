@@ -25,14 +25,15 @@ GRADIENTS_PER_PARAMETER, LEAST_GRADIENTS = 2, 256
 MIXED = 32
 # Points in a row that must rule out nothing. Fewer would do for generic equations; these are not: any n points lie
 # in a hyperplane c·x = d, on which (c·x − d)² has no gradient.
-IDLE_POINTS = 4
+IDLE_POINTS = 6
 # What rules candidates out at once. Weaker equations would tilt the null space by rounding over their strength, and so
 # all idle points decide about them together.
 STRONG = 1e-2
 # Points that say how large each candidate's derivatives are. Those below this part of the largest stay as they are.
-SIZING_POINTS, SMALLEST_UNIT = 2, 1e-2
-# Directions of gradients below this part of the strongest are not exact enough to use.
-WEAK_DIRECTION = 1e-5
+SIZING_POINTS, SMALLEST_UNIT = 2, 0.1
+# Directions of gradients below this part of the strongest are not exact enough to use: rounding divided by the three of
+# WEAK_DIRECTION, SMALLEST_UNIT² and STRONG must stay far below the tolerance.
+WEAK_DIRECTION = 1e-3
 # Beyond it the unknowns do not fit a dense factorisation.
 LARGEST = 12_000
 # Gradients and brackets themselves vanish to rounding.
