@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
-from law_networks import SMALL, Small
+from symmetric_networks import SMALL, Small
 from torch import Tensor, nn
 from torch.func import functional_call
 

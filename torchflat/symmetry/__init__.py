@@ -3,6 +3,7 @@
 from torchflat.symmetry.balance import Balanced, balance
 from torchflat.symmetry.certificate import Certificate
 from torchflat.symmetry.coupling import Coupling, Member
+from torchflat.symmetry.discover import Discovery, LawCount, discover, law_count
 from torchflat.symmetry.flattest import Flattest, flattest
 from torchflat.symmetry.flow import Flow, flow
 from torchflat.symmetry.group import Group
@@ -13,14 +14,18 @@ __all__ = [
     "Balanced",
     "Certificate",
     "Coupling",
+    "Discovery",
     "Flattest",
     "Flow",
     "Group",
+    "LawCount",
     "Laws",
     "LinearLaw",
     "Member",
     "balance",
+    "discover",
     "flattest",
     "flow",
+    "law_count",
     "laws",
 ]

@@ -12,7 +12,7 @@ from torchflat.symmetry.equations import Equations
 from torchflat.symmetry.forms import Form, compact, dependent_axes, narrowed
 from torchflat.symmetry.graph import Graph
 
-__all__ = ["MOVES", "Harmless", "Labels", "arguments", "identified", "operator"]
+__all__ = ["MOVES", "Harmless", "Labels", "arguments", "identified", "looks_up_rows", "operator", "recentred"]
 
 Labels = Tensor | None
 
@@ -21,6 +21,8 @@ MOVES = (
     *("select", "flip", "roll", "split", "split_with_sizes", "unbind", "chunk", "clone", "alias", "detach"),
     *("_to_copy", "contiguous", "lift_fresh_copy"),
 )
+
+_CENTRES = ("mean", "amax", "amin")
 
 
 class Harmless:
@@ -75,6 +77,9 @@ class Harmless:
 
     def edge(self, user: fx.Node, source: fx.Node) -> Labels:
         """Return by what ``source`` may be shifted as far as ``user`` is concerned."""
+        if (axes := recentred(user, source)) is not None:
+            shape = source.meta["val"].shape
+            return self.fresh(shape, set(range(len(shape))) - axes)
         places = [i for i, argument in enumerate(arguments(user)) if argument is source]
         if getattr(user.target, "__name__", "") == "getitem":
             same: Labels = self.allowed[source]
@@ -125,6 +130,46 @@ def operator(node: fx.Node) -> str:
     """Return the name of the ATen operator of a call, without its overload; empty for other calls."""
     schema = getattr(node.target, "_schema", None)
     return "" if schema is None else schema.name.removeprefix("aten::")
+
+
+def recentred(user: fx.Node, source: fx.Node) -> set[int] | None:
+    """Return the axes along which x − mean(x) or x − max(x) forgets a shift of x, ``source``; ``user`` is part of it.
+
+    None if it is no part of that.
+    """
+    whole = next(iter(user.users), user) if operator(user) in _CENTRES else user
+    if operator(whole) != "sub" or len(arguments(whole)) != 2 or whole.kwargs or arguments(whole)[0] is not source:
+        return None
+    centre = arguments(whole)[1]
+    if not isinstance(centre, fx.Node) or operator(centre) not in _CENTRES or list(centre.users) != [whole]:
+        return None
+    if len(arguments(centre)) != 3 or arguments(centre)[0] is not source or not arguments(centre)[2]:
+        return None
+    return {int(axis) % source.meta["val"].ndim for axis in arguments(centre)[1]}
+
+
+def looks_up_rows(node: fx.Node) -> bool:
+    """Tell whether a call takes whole rows out of a table."""
+    return operator(node) == "embedding" or (
+        operator(node) == "index" and len(arguments(node)[1]) == 1 and arguments(node)[0].meta["val"].ndim == 2
+    )
+
+
+def sums_to_zero(node: Any) -> bool:
+    """Tell whether the entries of a tensor sum to zero along its last axis, whatever the input."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return False
+    name, given = operator(node), arguments(node)
+    if name == "sub":
+        mean = given[1] if isinstance(given[1], fx.Node) else node
+        return operator(mean) == "mean" and recentred(node, given[0]) == {node.meta["val"].ndim - 1}
+    if name == "layer_norm":
+        return len(given[1]) == 1 and not any(isinstance(gain, fx.Node) for gain in given[2:4])
+    if name in ("mul", "div"):
+        factor = given[1].meta["val"].shape if isinstance(given[1], fx.Node) else ()
+        return sums_to_zero(given[0]) and (not factor or factor[-1] == 1)
+    same = name in ("view", "_unsafe_view", "clone", "_to_copy") and isinstance(given[0], fx.Node)
+    return same and given[0].meta["val"].shape[-1:] == node.meta["val"].shape[-1:] and sums_to_zero(given[0])
 
 
 def identified(a: Tensor, b: Tensor) -> Tensor:
@@ -310,15 +355,32 @@ def _through(s: Harmless, out: Tensor, axis: int, shape: Sequence[int]) -> Label
 @_edge("linear")
 def _linear(s: Harmless, node: fx.Node, place: int, out: Labels) -> Labels:
     """Wᵢ x may be anything, and something else in every row, so that only what a row allows by itself is left."""
+    if place == 1:
+        own = None if out is None else _rows_alone(s, out, _shape(node, 1))
+        return _with_means(s, own, _shape(node, 1), 1, arguments(node)[0])
     if out is None:
         return None
     if place == 0:
         return _through(s, out, out.ndim - 1, _shape(node, 0))
-    if place == 2:
-        return _broadcast(out, _shape(node, 2))
+    return _broadcast(out, _shape(node, 2))
+
+
+def _rows_alone(s: Harmless, out: Tensor, shape: Sequence[int]) -> Tensor:
     rows = set(range(out.ndim - 1))
-    pattern = _folded(_apart(out, rows), rows).reshape(-1, 1)
-    return _operand(s, pattern, _shape(node, 1), [1])
+    return _operand(s, _folded(_apart(out, rows), rows).reshape(-1, 1), shape, [1])
+
+
+def _with_means(s: Harmless, own: Labels, shape: Sequence[int], axis: int, other: fx.Node) -> Labels:
+    """Let a factor be shifted along ``axis``, over which it is summed, where the ``other`` sums to zero there.
+
+    ``own`` is what it may be shifted by without that; both mix only where it says nothing of a whole column.
+    """
+    if not sums_to_zero(other):
+        return own
+    columns = s.fresh(shape, set(range(len(shape))) - {axis})
+    if own is None:
+        return columns
+    return compact(torch.where((own == 0).all(axis, keepdim=True), columns, own))
 
 
 @_edge("convolution")
@@ -340,29 +402,31 @@ def _convolution(s: Harmless, node: fx.Node, place: int, out: Labels) -> Labels:
 @_edge("mm", "bmm")
 def _product(s: Harmless, node: fx.Node, place: int, out: Labels) -> Labels:
     """(…, i, k) @ (…, k, j): a factor meets arbitrary numbers at every index of the other."""
-    if out is None:
-        return None
-    own, other = (out.ndim - 1, out.ndim - 2) if place else (out.ndim - 2, out.ndim - 1)
-    pattern = _folded(_apart(out, set(range(out.ndim)) - {own}), {other})
-    summed = out.ndim - 2 if place else out.ndim - 1
-    return _operand(s, pattern, _shape(node, place), [summed])
+    shape, axes = _shape(node, place), len(_shape(node, place))
+    own = None
+    if out is not None:
+        kept, other = (axes - 1, axes - 2) if place else (axes - 2, axes - 1)
+        pattern = _folded(_apart(out, set(range(axes)) - {kept}), {other})
+        own = _operand(s, pattern, shape, [axes - 2 if place else axes - 1])
+    return _with_means(s, own, shape, axes - 2, arguments(node)[0]) if place else own
 
 
 @_edge("addmm")
 def _addmm(s: Harmless, node: fx.Node, place: int, out: Labels) -> Labels:
-    if out is None:
-        return None
+    shape = _shape(node, place)
     if place == 0:
-        return _broadcast(out, _shape(node, 0))
-    other = 0 if place == 2 else 1
-    pattern = _folded(_apart(out, {other}), {other})
-    return _operand(s, pattern, _shape(node, place), [0 if place == 2 else 1])
+        return None if out is None else _broadcast(out, shape)
+    own = None
+    if out is not None:
+        other = 0 if place == 2 else 1
+        own = _operand(s, _folded(_apart(out, {other}), {other}), shape, [other])
+    return _with_means(s, own, shape, 0, arguments(node)[1]) if place == 2 else own
 
 
-@_edge("embedding")
+@_edge("embedding", "index")
 def _embedding(s: Harmless, node: fx.Node, place: int, out: Labels) -> Labels:
     """Every row of the table is a shift of its own."""
-    if out is None or place:
+    if out is None or place or not looks_up_rows(node):
         return None
     rows = set(range(out.ndim - 1))
     pattern = _folded(_apart(out, rows), rows).reshape(1, -1)

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torchflat.symmetry.channels import couplings
 from torchflat.symmetry.forms import Form, compact
 from torchflat.symmetry.graph import Graph
-from torchflat.symmetry.harmless import MOVES, Harmless, arguments, identified, operator
+from torchflat.symmetry.harmless import MOVES, Harmless, arguments, identified, looks_up_rows, operator, recentred
 from torchflat.symmetry.linear import LinearLaw
 from torchflat.symmetry.units import RULES, Units
 
@@ -26,7 +26,7 @@ _CHANNEL_BIAS = {
     "_native_batch_norm_legit_no_training": 2,
 }
 _BIAS = {"linear": 2, "addmm": 0, "layer_norm": 3, "native_layer_norm": 3, **_CHANNEL_BIAS}
-_ADDITIVE = (*MOVES, "add", "sub", "neg", "embedding", "mul", "div", "cat")
+_ADDITIVE = (*MOVES, "add", "sub", "neg", "embedding", "index", "mul", "div", "cat")
 
 
 def linear_laws(graph: Graph, along: int | None) -> tuple[LinearLaw, ...]:
@@ -74,7 +74,7 @@ def _shift_of(graph: Graph, harmless: Harmless, units: Units, node: fx.Node) -> 
         own = torch.where(allowed == 0, 0, units.equations.fresh((int(allowed.max()) + 1,))[allowed])
         form = Form.of(compact(own))
     common = Form(value.shape)
-    if users == {"embedding"}:
+    if users == {"rows"}:
         common = units.fresh(value.shape, {1})
         # Row 0 alone would repeat what is common to all rows.
         form = Form(form.shape, tuple((c, _without_first_row(labels)) for c, labels in form.terms))
@@ -87,14 +87,16 @@ def _without_first_row(labels: Tensor) -> Tensor:
 
 
 def _final_users(node: fx.Node) -> set[str]:
-    """Return how a parameter is used behind views: "added", or by which operator else."""
+    """Return how a parameter is used behind views: "added", as a table of "rows", or by which operator else."""
     found: set[str] = set()
     for user in node.users:
         name = operator(user)
         if name in (*MOVES, "cat", "neg") or (name == "" and user.op == "call_function"):
             found |= _final_users(user)
         else:
-            found.add("added" if name in ("add", "sub") or _is_bias(user, node) else name)
+            found.add(
+                "added" if name in ("add", "sub") or _is_bias(user, node) else "rows" if looks_up_rows(user) else name
+            )
     return found
 
 
@@ -166,6 +168,8 @@ def _checked(units: Units, node: fx.Node, form: Form, harmless: Harmless) -> For
 def _carries(user: fx.Node, source: fx.Node) -> bool:
     """Tell whether :func:`_sum` takes a shift of ``source`` to one of ``user``."""
     name = operator(user)
+    if recentred(user, source) is not None or (name == "index" and not looks_up_rows(user)):
+        return False
     if name in ("mul", "div"):
         return arguments(user)[0] is source and isinstance(arguments(user)[1], (int, float)) and not user.kwargs
     if name in _BIAS:

@@ -108,9 +108,12 @@ def _centred(value: Tensor, along: int | None) -> Tensor:
 
 
 def noise(gradient: Mapping[str, Tensor]) -> float:
-    """Return a size below which an entry of this gradient may be rounding: a law may say that some are zero."""
-    number = sum(g.numel() for g in gradient.values())
-    return float(_FLOOR * (sum(float(g.detach().double().square().sum()) for g in gradient.values()) / number) ** 0.5)
+    """Return a size below which an entry of this gradient may be rounding: a law may say that some are zero.
+
+    Such an entry is what is left of a sum, so that the tensor with the largest entries sets the size.
+    """
+    sizes = [float(g.detach().double().square().mean().sqrt()) for g in gradient.values() if g.numel()]
+    return _FLOOR * max(sizes, default=0.0)
 
 
 def relative(

@@ -82,12 +82,14 @@ def _scatter(u: Units, x: Form, source: Form, *args: Any, **kwargs: Any) -> Form
 @rule("index", "_unsafe_index")
 def _index(u: Units, x: Form, indices: Sequence[Any]) -> Form:
     """Where the indices are constants, entries are moved; otherwise any entry may be asked for."""
-    if all(isinstance(index, Tensor) for index in indices if index is not None):
-        known = tuple(slice(None) if index is None else index for index in indices)
-        return x.map(lambda labels: labels[known])
-    asked = {axis for axis, index in enumerate(indices) if index is not None}
-    x = u.alike(x, asked)
     assert u.node is not None
+    # An index that is an input of the model has no value here; one that is not there has no node either.
+    given: Any = u.node.args[1]
+    asked = {axis for axis, index in enumerate(given) if index is not None}
+    if all(isinstance(indices[axis], Tensor) for axis in asked):
+        known = tuple(indices[axis] if axis in asked else slice(None) for axis in range(len(indices)))
+        return x.map(lambda labels: labels[known])
+    x = u.alike(x, asked)
     return _constant_along(x, asked, u.node.meta["val"].shape)
 
 
