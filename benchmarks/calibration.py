@@ -12,8 +12,6 @@ bound rests on.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import sys
 import time
 from collections.abc import Iterator
@@ -28,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import calibration
 import finite_sums
 
-import torchflat
+from benchmarks.records import written
 
 
 def rows(count: int, entropy: int) -> Iterator[tuple[dict[str, Any], calibration.Tally]]:
@@ -117,14 +115,9 @@ def main() -> None:
     result = {
         "entropy": entropy,
         "seconds": round(time.monotonic() - started),
-        "torchflat": torchflat.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "processor": platform.machine(),
         "rows": table,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    written(result, out)
 
 
 if __name__ == "__main__":

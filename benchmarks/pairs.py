@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import multiprocessing
-import platform
 import statistics
 import sys
 import time
@@ -27,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import calibration
 import pairs
 
-import torchflat
+from benchmarks.records import written
 
 
 def judged(seed: int, i: int) -> pairs.Judgement:
@@ -62,15 +60,8 @@ def main() -> None:
         "said": dict(sorted(counts.said.items())),
         "median_gradients": statistics.median(each.gradients for each in judgements),
         "seconds": round(time.monotonic() - started),
-        "torchflat": torchflat.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "processor": platform.machine(),
     }
-    text = json.dumps(result, indent=1, ensure_ascii=False)
-    print(text)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(text + "\n")
+    print(written(result, options.out))
     holds = not counts.wrong and not counts.not_mirrored and counts.clear_undecided <= 0.1 * counts.clear
     sys.exit(0 if holds else 1)
 

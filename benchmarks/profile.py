@@ -11,8 +11,6 @@ Then the network is moved along its orbit, so that it computes the same function
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import trange
 
-import torchflat
+from benchmarks.records import written
 from torchflat import Objective, compare, sharpness, variation
 from torchflat.data.mnist import mnist
 from torchflat.problems.maximum import quadratic_maximum
@@ -119,15 +117,8 @@ def main() -> None:
         "loss": f.value(),
         "profile": profile(f),
         "copies": copies(f),
-        "torchflat": torchflat.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "processor": platform.machine(),
     }
-    text = json.dumps(result, indent=1, ensure_ascii=False)
-    print(text)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(text + "\n")
+    print(written(result, options.out))
 
 
 if __name__ == "__main__":

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import math
+import platform
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-__all__ = ["ERROR", "Record", "Records", "geometric_mean", "gradients", "is_default", "plain", "width"]
+import torch
+
+import torchflat
+
+__all__ = ["ERROR", "Record", "Records", "geometric_mean", "gradients", "is_default", "plain", "width", "written"]
 
 Record = Mapping[str, Any]
 ERROR = 1e-3  # of λ₁: what counts as the value
 TUNED = ("batch", "threads")  # how a method runs, not what is asked of it
+
+
+def written(result: Record, file: Path) -> str:
+    """Write what was measured, with what it depends on, and return it as text."""
+    used = {"torchflat": torchflat.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    text = json.dumps({**result, **used, "processor": platform.machine()}, indent=1, ensure_ascii=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text + "\n")
+    return text
 
 
 class Records:

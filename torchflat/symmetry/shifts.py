@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from torchflat.symmetry.calls import MOVES, arguments, looks_up_rows, operator, recentred
 from torchflat.symmetry.channels import couplings
 from torchflat.symmetry.forms import Form, compact
 from torchflat.symmetry.graph import Graph
-from torchflat.symmetry.harmless import MOVES, Harmless, arguments, identified, looks_up_rows, operator, recentred
+from torchflat.symmetry.harmless import Harmless, identified
 from torchflat.symmetry.linear import LinearLaw
 from torchflat.symmetry.units import RULES, Units
 
