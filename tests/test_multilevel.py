@@ -188,22 +188,25 @@ def test_certificate_without_sampling() -> None:
         assert answer.status is Status.CONVERGED and answer.lower <= item.sharpness <= answer.upper
 
 
-def test_order_of_the_rows_does_not_matter() -> None:
+@pytest.mark.parametrize("seed", range(3))
+def test_order_of_the_rows_does_not_matter(seed: int) -> None:
     rng = np.random.default_rng(3)
     rows, n, classes = 18_000, 120, 10
     labels = np.sort(rng.integers(classes, size=rows))
     x = rng.standard_normal((rows, n)) + 2 * rng.standard_normal((classes, n))[labels]
     x[-120:] *= 6
     order = rng.permutation(rows)
+    torch.manual_seed(seed)
     model = nn.Linear(n, classes)
     answers = []
     for chosen in (np.arange(rows), order):
         data = torch.from_numpy(x[chosen]).float(), torch.from_numpy(labels[chosen])
         answers.append(sharpness(Objective(model, cross_entropy, data), seed=1))
-    first, second = answers
-    assert first.status is second.status is Status.CONVERGED
-    assert first.basis == second.basis == "shards"
-    assert max(first.lower, second.lower) <= min(first.upper, second.upper)
+    exact = sharpness(Objective(model, cross_entropy, data), rtol=1e-5, method="lanczos")
+    for answer in answers:
+        # Sorted by class with outliers in the last rows, or shuffled: the truth is inside, whatever bounds it.
+        assert answer.status is Status.CONVERGED
+        assert answer.lower <= exact.upper and exact.lower <= answer.upper
 
 
 @quiet
