@@ -20,6 +20,8 @@ from torchflat.objective.state import modules_kept, plain_autograd, random_state
 
 __all__ = ["FunctionTerm", "ModelTerm", "Term", "first_line", "note", "out_of_memory", "unwrapped"]
 
+# What makes loss sum and weight of (output -> loss sum and weight, output).
+OutputModel = Callable[[Callable[[Any], tuple[Tensor, float]], Any], tuple[Tensor, float]]
 TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 
 
@@ -162,6 +164,11 @@ class ModelTerm:
         output, target = self._called(parameters, batch, self.call.output_and_target)
         return output, target
 
+    def quadratic(self, parameters: Sequence[Tensor], batch: Any, model: OutputModel) -> tuple[Tensor, float]:
+        """Return ``model(ℓ, output)``, where ℓ gives loss sum and weight of the batch for another output."""
+        total, weight = self._called(parameters, batch, lambda rows: self.call.of_output(rows, model))
+        return total, weight
+
     def _called(self, parameters: Sequence[Tensor], batch: Any, what: Callable[[Any], tuple[Any, Any]]) -> Any:
         batch = map_tensors(self._moved, batch)
         # Buffers are copied for every call: a forward that counts or averages in them starts from the same ones.
@@ -244,12 +251,15 @@ class _Call(nn.Module):
     def sum_and_weight(self, batch: Any) -> tuple[Tensor, float]:
         if self.batch_loss is not None:
             return _sum_and_weight(self.batch_loss(self.model, batch))
+        return self.of_output(batch, lambda loss, output: loss(output))
+
+    def of_output(self, batch: Any, model: OutputModel) -> tuple[Tensor, float]:
         output, target = self.output_and_target(batch)
         rows = row_count(target) or row_count(batch)
         if rows is None:
             raise DataError(f"the rows of a batch cannot be counted ({describe(batch)}): use batch_loss(model, batch)")
         _refuse_ignored(self.loss, target)
-        return _scalar(self.loss(output, target), "the loss") * rows, float(rows)
+        return model(lambda given: (_scalar(self.loss(given, target), "the loss") * rows, float(rows)), output)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

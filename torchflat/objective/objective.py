@@ -17,6 +17,7 @@ from torchflat.objective.batches import Batches, as_batches, rows_of
 from torchflat.objective.evaluation import FunctionTerm, ModelTerm, Term, note, unwrapped
 from torchflat.objective.forms import Forms, deal, group_forms, group_values
 from torchflat.objective.functional import Transform, add_transforms
+from torchflat.objective.gauss_newton import GaussNewtonTerm
 from torchflat.objective.graphs import Graphs, finite
 from torchflat.objective.ledger import Ledger
 from torchflat.objective.memory import Memory, parse_bytes, return_freed_pages
@@ -418,6 +419,24 @@ class Objective:
         error = self._accuracy.rounding_error(self, vectors.detach().to(self.dtype), quadratic)
         return_freed_pages()
         return error
+
+    def gauss_newton(self) -> Objective:
+        """Return a function whose Hessian at x is the Gauss–Newton matrix JᵀH_ℓJ of this one, and weight_decay·I.
+
+        J is the derivative of the model's output, H_ℓ the Hessian of the loss in it: positive semidefinite for convex
+        losses, and equal to ∇²f(x) where the network is linear in x or fits exactly. The function has the value of f at
+        every x where it is asked (:meth:`at`), and a gradient that is only the L2 term's. Its cost is charged here.
+
+        Raises:
+            UsageError: f is not given by a model and ``loss(output, target)``.
+
+        >>> model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)).double()
+        >>> f = Objective(model, nn.MSELoss(), (torch.ones(1, 1).double(), torch.zeros(1, 1).double()))
+        >>> G = f.at(torch.tensor([2.0, 3.0])).gauss_newton().hvp(torch.eye(2).double())
+        >>> G.tolist()
+        [[18.0, 12.0], [12.0, 8.0]]
+        """
+        return self._derived(GaussNewtonTerm(self._term), self._batches, self._x)
 
     def few_rows(self, size: int) -> Objective:
         """Restrict to about ``size`` rows: a subset, or the first batch if that cannot be cut; itself if small."""

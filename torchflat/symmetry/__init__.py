@@ -1,7 +1,25 @@
 """Couplings, conservation laws, the group action, and the flattest point of an orbit."""
 
+from torchflat.symmetry.balance import Balanced, balance
 from torchflat.symmetry.coupling import Coupling, Member
+from torchflat.symmetry.flattest import Certificate, Flattest, flattest
+from torchflat.symmetry.flow import Flow, flow
+from torchflat.symmetry.group import Group
 from torchflat.symmetry.laws import Laws, laws
 from torchflat.symmetry.linear import LinearLaw
 
-__all__ = ["Coupling", "Laws", "LinearLaw", "Member", "laws"]
+__all__ = [
+    "Balanced",
+    "Certificate",
+    "Coupling",
+    "Flattest",
+    "Flow",
+    "Group",
+    "Laws",
+    "LinearLaw",
+    "Member",
+    "balance",
+    "flattest",
+    "flow",
+    "laws",
+]
