@@ -251,9 +251,9 @@ def extreme_report(scale: float = 1e-12) -> dict[str, Any]:
     report["variation"]["order"]["exact"] = False
     for key in ("density", "standard_error"):
         report["density"][key] = _times(fake_report()["density"][key], 1 / scale)
-    # An audit starts from no earlier answer, so that none of its parts is TRACKED.
+    # An audit starts from no earlier answer, so that none of its parts is TRACKED; UNCERTIFIED is for the flattest.
     profile_only = (Status.INCONSISTENT, Status.TRUNCATED)
-    statuses = [status for status in Status if status not in (Status.TRACKED, *profile_only)]
+    statuses = [status for status in Status if status not in (Status.TRACKED, Status.UNCERTIFIED, *profile_only)]
     report["variation"]["status"] = profile_only[scale > 1].name
     for key, status in zip(("sharpness", "eigenvalues", "trace", "density", "blocks"), statuses, strict=True):
         report[key]["status"] = status.name

@@ -32,7 +32,7 @@ class Status(enum.Enum):
         "values and slopes do not agree at some radii: the values are attained, and the maximum may be larger there"
     )
     TRUNCATED = "the loss is not finite at larger distances: the radii end before"
-    UNCERTIFIED = "settled, and the value is attained; where the Hessian has a negative part nothing bounds it from below"
+    UNCERTIFIED = "the value is attained, but as the Hessian has a negative part, nothing bounds the least from below"
     INTERRUPTED = "interrupted: the interval holds for what was seen until then"
 
     @property

@@ -1,8 +1,9 @@
 """Couplings, conservation laws, the group action, and the flattest point of an orbit."""
 
 from torchflat.symmetry.balance import Balanced, balance
+from torchflat.symmetry.certificate import Certificate
 from torchflat.symmetry.coupling import Coupling, Member
-from torchflat.symmetry.flattest import Certificate, Flattest, flattest
+from torchflat.symmetry.flattest import Flattest, flattest
 from torchflat.symmetry.flow import Flow, flow
 from torchflat.symmetry.group import Group
 from torchflat.symmetry.laws import Laws, laws

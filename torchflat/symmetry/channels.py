@@ -67,9 +67,9 @@ def _slices(name: str, form: Form, solution: Solution) -> Iterator[_Slices]:
         vector = labels.permute(*axes, *[axis for axis in range(len(shape)) if axis not in axes])
         for _ in range(len(axes), len(shape)):
             vector = vector.select(-1, 0)
-        for where, variable, factor in solution.terms(vector.reshape(-1)):
-            for axis, record in _whole_first(axes, shape, where, variable, factor * coefficient):
-                tables.setdefault(axis, []).append(record)
+        where, variable, factor = (torch.cat(parts) for parts in zip(*solution.terms(vector.reshape(-1)), strict=True))
+        for axis, record in _whole_first(axes, shape, *_summed(where, variable, factor * coefficient)):
+            tables.setdefault(axis, []).append(record)
     for axes, records in tables.items():
         where, variable, exponent = _summed(*(torch.cat(column) for column in zip(*records, strict=True)))
         if not len(where):

@@ -78,16 +78,27 @@ class Equations:
     def zero(self, form: Form) -> None:
         """Demand that the form is zero at every entry.
 
-        Terms that share no axis vary independently, so that E(a, b) = f(a) + g(b) = 0 for all a, b is E(a, 0) = 0 and
-        E(0, b) = 0: a sum of sizes in place of their product.
+        Terms that share no axis vary independently, so that E(a, b) = f(a) + g(b) = 0 for all a and b is E(0, 0) = 0
+        with f(a) = f(0) and g(b) = g(0): a sum of sizes in place of their product, and mostly equations of two terms.
         """
         if not form.terms or 0 in form.shape:
             return
-        coefficients = [c for c, _ in form.terms]
-        for block in _blocks(form):
-            still = [axis for axis in range(len(form.shape)) if axis not in block]
-            columns = [narrowed(labels, still).reshape(-1) for _, labels in form.terms]
+        everywhere = set(range(len(form.shape)))
+        corner = [narrowed(labels, everywhere).reshape(1) for _, labels in form.terms]
+        blocks = _blocks(form)
+        for block in blocks:
+            inside = [i for i, (_, labels) in enumerate(form.terms) if block & set(dependent_axes(labels))]
+            columns = [narrowed(form.terms[i][1], everywhere - block).reshape(-1) for i in inside]
+            coefficients = [form.terms[i][0] for i in inside]
+            if len(blocks) > 1 and len(inside) == 1:
+                (start,) = (corner[i] for i in inside)
+                self._batches.append(([1.0, -1.0], torch.stack([columns[0], start.expand_as(columns[0])], 1)))
+                continue
+            rest = [i for i in range(len(form.terms)) if i not in inside]
+            coefficients += [form.terms[i][0] for i in rest]
+            columns += [corner[i].expand_as(columns[0]) for i in rest]
             self._batches.append((coefficients, torch.stack(columns, 1)))
+        self._batches.append(([c for c, _ in form.terms], torch.stack(corner, 1)))
 
     def solve(self) -> Solution:
         """Solve: merge by twos until nothing changes, then eliminate what is left exactly."""
@@ -114,8 +125,7 @@ def _blocks(form: Form) -> list[set[int]]:
         joint = set(dependent_axes(labels))
         apart = [block for block in blocks if not block & joint]
         blocks = [*apart, joint.union(*(block for block in blocks if block & joint))]
-    varying = [block for block in blocks if block]
-    return varying or [set()]
+    return [block for block in blocks if block]
 
 
 def _collected(coefficients: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -232,7 +242,11 @@ def _one_by_one(rows: Tensor, coefficients: Tensor) -> _Sums:
             scale = -1 / reduced.pop(pivot)
             solved[pivot] = {v: c * scale for v, c in reduced.items()}
     return [
-        (torch.tensor([v]), torch.tensor([list(value)], dtype=torch.int64), torch.tensor([[float(c) for c in value.values()]]).double())
+        (
+            torch.tensor([v]),
+            torch.tensor([list(value)], dtype=torch.int64),
+            torch.tensor([[float(c) for c in value.values()]]).double(),
+        )
         for v, value in solved.items()
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,15 +13,16 @@ from torch import Tensor
 from torchflat.errors import UsageError
 from torchflat.objective import Objective
 from torchflat.result import Answer, Cost, Status
-from torchflat.spectrum.krylov import Krylov
+from torchflat.spectrum.krylov import Krylov, random_unit_vector
 from torchflat.spectrum.run import Callback, Run, check_request
 from torchflat.spectrum.sharpness import Sharpness, sharpness
+from torchflat.symmetry.certificate import Certificate, balanced_mixture
 from torchflat.symmetry.coupling import Coupling
 from torchflat.symmetry.group import Group, HasCouplings, couplings_of
 from torchflat.symmetry.lower_model import LowerModel
 from torchflat.symmetry.smoothing import minimised
 
-__all__ = ["Certificate", "Flattest", "flattest"]
+__all__ = ["Flattest", "flattest"]
 
 CURVATURES = ("hessian", "gauss_newton")
 SPECTRA = ("largest", "norm")
@@ -36,23 +38,12 @@ SHARPNESS_OF_SMOOTHING = 8.0
 RESERVE = 0.25, 80.0
 # The model keeps what is not smaller than this by its largest eigenvalue, in this share of the memory budget.
 FAINT, MEMORY_SHARE, MOST_ROWS, LEAST_ROWS = 1e-2, 1 / 4, 96, 12
+# What rounding may change f by at another point of the orbit, in units of ε·(|f| + ½λ₁|x|²).
+UNCHANGED_ULPS = 4096
+# Eigenvectors that the certificate may mix.
+CLUSTER = 12
 # Eigenvalues of H below zero by less than so many floors are rounding; steps it may take to see that there are none.
 ROUNDING, PROOF_STEPS = 4, 60
-
-
-@dataclass(frozen=True)
-class Certificate(Answer):
-    """A mixture V = Σ w_i v_i v_iᵀ of unit vectors with eigenvalues near λ₁, whose C(V) is nearly zero.
-
-    C(V) = 0 for some mixture of top eigenvectors is what makes a point the flattest (T085, T086; with one vector it
-    need not be so, T018). ``vectors`` (m, n) are the lower model's at the point returned, ``values`` its eigenvalues,
-    and ``residual`` is Σ|C(V)| over channels, with the eigenvalues of C for full couplings.
-    """
-
-    weights: tuple[float, ...]
-    values: tuple[float, ...]
-    vectors: Tensor = field(repr=False)
-    residual: float
 
 
 @dataclass(frozen=True)
@@ -62,7 +53,8 @@ class Flattest(Answer):
     ``value`` is λ₁ (or ‖·‖₂), recomputed at the parameters of ``state_dict``, ``recomputed`` its interval there. So
     λ₁★ ≤ recomputed.upper. ``lower`` ≤ λ₁★ bounds λ₁ over all log-scales up to ``max_log_scale`` of what is not frozen;
     None where nothing is proved. ``proof`` names what the bound rests on: that the matrix is positive semidefinite,
-    because it is ``"gauss_newton"``, or because a Lanczos run showed so at the first point (``"semidefinite"``).
+    because it is that of Gauss and Newton, of a loss convex in the output (``"gauss_newton"``), or because a Lanczos
+    run showed so at the first point (``"semidefinite"``, at the confidence of ``before``).
 
     ``log_scales`` holds, by coupling, what the point asked for was rescaled by; for a full coupling a symmetric S.
     ``state_dict`` holds the parameters of the objective: load it with ``strict=False``. ``attained`` says whether all
@@ -133,7 +125,8 @@ def flattest(
             search.
 
     Raises:
-        UsageError: an argument is out of range, f has an L2 term, or a coupling does not fit the parameters.
+        UsageError: an argument is out of range, f has an L2 term, a coupling does not fit the parameters, or rescaling
+            by one changes f.
 
     >>> from torchflat.symmetry import Coupling, Member
     >>> f = Objective.from_function(lambda x: (x[0] * x[1] - 1) ** 2, torch.tensor([3.0, 1 / 3], dtype=torch.float64))
@@ -175,49 +168,63 @@ class _Search:
     ) -> None:
         self.h, self.group, self.curvature, self.most, self.seed = h, group, curvature, max_log_scale, seed
         self.norm = spectral == "norm"
-        self.z = group.identity()
-        self.proof = "gauss_newton" if curvature == "gauss_newton" else None
+        # The point to be returned, and the model's minimiser, which bounds λ₁★.
+        self.z = self.least = group.identity()
+        self.proof: str | None = None
         self.history: list[Mapping[str, float]] = []
         self.products = 0
-        self.lowest = 0.0
+        self.ends = 0.0, 0.0
         self.rows = int(MEMORY_SHARE * h.memory.total) // (h.n * h.dtype.itemsize)
         self.rows = min(MOST_ROWS, max(LEAST_ROWS, self.rows))
 
     def solve(self, run: Run) -> Flattest:
         self.power = SHARPNESS_OF_SMOOTHING / run.rtol
         before = self._first(run)
-        settled = self.trivial = before.value <= 0 or not bool(self.group.free.any())
-        goes_on, first = not settled, True
+        settled = self.trivial = not (len(self.model.rows) and before.value > 0 and bool(self.group.free.any()))
+        goes_on, first, best = not settled, True, (math.inf, self.z)
         with self.h.memory.vectors_held(2 * self.rows * self.h.n * self.h.dtype.itemsize):
             while goes_on:
                 self.z = minimised(self.model, self.z, self.power, self.most, warm=not first)
                 first = False
                 predicted = self._size(self.model.eigenpairs(self.z)[0])
                 found = self._round(run)
-                settled = found - predicted <= AGREEMENT * run.rtol * found
+                best = min(best, (found, self.z), key=operator.itemgetter(0))
+                settled = abs(found - predicted) <= AGREEMENT * run.rtol * found
                 goes_on = not settled and not self._over(run)
-            if not self.trivial:
+            if self.proof and not self.trivial:
                 # What the last run showed costs no product to take into account.
-                self.z = minimised(self.model, self.z, self.power, self.most, warm=True)
+                self.least = minimised(self.model, self.z, self.power, self.most, warm=True)
+            self.z = self.least if self.proof and settled else best[1]
             return self._answer(run, before, settled)
 
     def _first(self, run: Run) -> Sharpness:
         """Find λ₁ of the point itself, and begin the model with that run."""
         with Krylov.of(self.h, self.seed, "flattest") as krylov:
             before = sharpness(self.h, 0.1, run.confidence, "lanczos", krylov=krylov, budget=max(run.budget / 4, 1.0))
-            if self.proof is None and self._semidefinite(krylov, run.delta):
+            if self.curvature == "gauss_newton":
+                # Of a loss that is not convex in the output it would not be semidefinite.
+                seen = float(krylov.ritz()[0][0])
+                self.proof = "gauss_newton" if seen >= -ROUNDING * before.floor else None
+            elif self._semidefinite(krylov, run.delta):
                 self.proof = "semidefinite"
             definite = self.proof is not None
             self.model = LowerModel(self.group, self.h.dtype, self.h.device, definite, self.norm)
-            self._take_up(krylov, self.z)
-        self.group.freeze(self.model.rows, "curvature")
+            self._take_up(krylov, run)
+        # In the products of a run, zeros come with its rounding.
+        probe = random_unit_vector(self.h.n, self.seed, "flattest/probe", self.h.dtype, self.h.device)
+        self.group.freeze(self.h.x[None], "the weight")
+        self.group.freeze(self.h.products(probe[None]), "the curvature")
         return before
 
     def _semidefinite(self, krylov: Krylov, delta: float) -> bool:
         """Go on with a run until it has seen a negative eigenvalue, or all there are, or enough."""
         while True:
             rounding = ROUNDING * krylov.floor()
-            if float(krylov.ritz()[0][0]) < -rounding or krylov.exhausted or krylov.steps >= PROOF_STEPS:
+            negative = float(krylov.ritz()[0][0]) < -rounding
+            if negative or krylov.exhausted:
+                # Once exhausted, no further step can tell what the bound leaves open from rounding.
+                return not negative
+            if krylov.full or krylov.steps >= PROOF_STEPS:
                 return krylov.lower(delta) >= -rounding
             krylov.step()
 
@@ -233,12 +240,13 @@ class _Search:
                 if krylov.steps > 3 and float(krylov.residuals()[-1]) <= SETTLED * run.rtol * size:
                     break
             found = self._size(krylov.ritz()[0].flip(0))
-            self._take_up(krylov, self.z)
+            self._take_up(krylov, run)
         self.model.compress(self.z, self.rows, FAINT)
         return found
 
-    def _take_up(self, krylov: Krylov, z: Tensor) -> None:
+    def _take_up(self, krylov: Krylov, run: Run) -> None:
         """Add the basis of a run at z, whose products the Lanczos relation knows: H V = V T + β v e."""
+        z = self.z
         basis = krylov.basis
         T = torch.diag(torch.tensor(krylov.alphas, dtype=torch.float64))
         off = torch.tensor(krylov.betas[:-1], dtype=torch.float64)
@@ -248,12 +256,13 @@ class _Search:
             products[-1].add_(krylov.latest, alpha=krylov.betas[-1] * krylov.scale)
         self.products += krylov.steps
         values = krylov.ritz()[0]
-        self.lowest = float(values[0] / values[-1])
-        self.model.add(self.group.act(basis, z, inverse=True), self.group.act(products, z))
+        self.ends = float(values[0]), float(values[-1])
+        norm = float(values.abs().max())
+        self.model.add(self.group.act(basis, z, inverse=True), self.group.act(products, z), z, norm)
         self.history.append(
             {
                 "products": self.products,
-                "gradients": self.h.cost.gradients,
+                "gradients": run.cost.gradients,
                 "value": self._size(values.flip(0)),
                 "model": self._size(self.model.eigenpairs(z)[0]),
                 "log_scale": float(z.abs().max()) if len(z) else 0.0,
@@ -265,7 +274,9 @@ class _Search:
         inner = self.h.products(self.group.act(row[None], self.z, inverse=True))
         return self.group.act(inner, self.z, inverse=True)[0]
 
-    def _mixture(self) -> Tensor:
+    def _mixture(self) -> Tensor | None:
+        if not len(self.model.rows):
+            return None
         values, vectors = self.model.eigenpairs(self.z)
         weights = (values.abs() / values.abs().max()) ** (self.power / 16)
         chosen = weights > 1e-3
@@ -276,22 +287,27 @@ class _Search:
     def _over(self, run: Run) -> bool:
         share, most = RESERVE
         spent = run.cost.gradients > run.budget - min(share * run.budget, most)
-        stop = run.callback is not None and run.callback(dict(self.history[-1]))
-        return spent or bool(stop)
+        callback = run.callback
+        stop = callback is not None and self.h.team.anywhere(lambda: callback(dict(self.history[-1])))
+        return spent or stop
 
     def _size(self, values: Tensor) -> float:
+        if not len(values):
+            return 0.0
         return float(values.abs().max() if self.norm else values[0])
 
     def _answer(self, run: Run, before: Sharpness, settled: bool) -> Flattest:
         x = self.group.act(self.h.x[None], self.z)[0]
-        recomputed = before if self.trivial else self._recomputed(run, x)
-        value = max(recomputed.value, -self.lowest * recomputed.value) if self.norm else recomputed.value
+        recomputed = self._recomputed(run, x) if before.value > 0 else before
+        bottom, top = self.ends
+        value = max(recomputed.value, -bottom) if self.norm else recomputed.value
         lower = self._lower(recomputed)
         settled = settled and value <= self._size(self.model.eigenpairs(self.z)[0]) * (1 + run.rtol)
         if lower is None:
             status = Status.UNCERTIFIED if settled else Status.BUDGET
         else:
-            status = Status.CONVERGED if recomputed.upper - lower <= run.rtol * value else Status.BUDGET
+            tight = recomputed.upper - lower <= run.rtol * abs(value) or (self.trivial and recomputed.status.ok)
+            status = Status.CONVERGED if tight else Status.BUDGET
         names, parts = self.h.layout.names, self.h.layout.split(x)
         return Flattest(
             value=value,
@@ -299,11 +315,11 @@ class _Search:
             attained=not len(self.z) or float(self.z.abs().max()) < self.most * (1 - 1e-6),
             status=status,
             proof=self.proof,
-            headroom=before.value / value if value else 1.0,
-            negative=min(0.0, self.lowest),
+            headroom=self.history[0]["value"] / value if value else 1.0,
+            negative=min(0.0, bottom / top) if top > 0 else 0.0,
             recomputed=recomputed,
             before=before,
-            certificate=self._certificate(),
+            certificate=self._certificate(run.rtol),
             log_scales=self.group.log_scales(self.z),
             state_dict={name: part.detach().clone() for name, part in zip(names, parts, strict=True)},
             frozen=dict(self.group.frozen),
@@ -315,31 +331,37 @@ class _Search:
     def _recomputed(self, run: Run, x: Tensor) -> Sharpness:
         """Compute λ₁ at x by products there, from the model's top vectors and a random one."""
         moved = self.h.at(x)
+        self._check_unchanged(moved)
         left = max(run.budget - run.cost.gradients, 20.0)
         with Krylov.of(moved, self.seed, "flattest/recomputed", start=self._mixture(), fresh=1.0) as krylov:
             answer = sharpness(
                 moved, RECOMPUTATION * run.rtol, run.confidence, "lanczos", krylov=krylov, budget=left, atol=0.0
             )
             values = krylov.ritz()[0]
-            self.lowest = float(values[0] / values[-1])
+            self.ends = float(values[0]), float(values[-1])
             self.products += krylov.steps
         return answer
 
+    def _check_unchanged(self, moved: Objective) -> None:
+        before, after = self.h.value(), moved.value()
+        size = abs(before) + 0.5 * self.history[0]["value"] * float(self.h.x.double().square().sum())
+        if abs(after - before) > UNCHANGED_ULPS * torch.finfo(self.h.dtype).eps * size:
+            raise UsageError(
+                f"the couplings do not leave f unchanged: it is {before:.9g} at x and {after:.9g} at the rescaled x: "
+                "give the laws of this model"
+            )
+
     def _lower(self, recomputed: Sharpness) -> float | None:
+        if self.trivial:
+            # The orbit is this point, or the least is zero or below everywhere in it.
+            return recomputed.lower
         if self.proof is None:
             return None
-        if self.trivial:
-            return recomputed.lower
-        return self.model.bound(self.z, self.power, self.most) - recomputed.floor
+        return self.model.bound(self.least, self.power, self.most) - recomputed.floor
 
-    def _certificate(self) -> Certificate:
-        values, vectors = self.model.eigenpairs(self.z)
-        shares = (values / values[0]).clamp(min=0) ** self.power
-        shares /= shares.sum()
-        chosen = shares > 1e-6
-        rows = self.model.vectors(self.z, vectors[:, chosen])
-        mixed = rows * shares[chosen].sqrt()[:, None].to(rows.device, rows.dtype)
-        imbalance = self.group.matrices(self.group.imbalance(mixed))
-        residual = sum(float(p.abs().sum() if p.ndim == 1 else torch.linalg.eigvalsh(p).abs().sum()) for p in imbalance)
-        weights, tops = shares[chosen].tolist(), values[chosen].tolist()
-        return Certificate(tuple(weights), tuple(tops), rows, residual)
+    def _certificate(self, rtol: float) -> Certificate:
+        values, coefficients = self.model.eigenpairs(self.z)
+        if not len(values):
+            return Certificate((), (), self.model.rows, 0.0)
+        chosen = (values >= (1 - rtol) * values[0]).nonzero().reshape(-1)[:CLUSTER]
+        return balanced_mixture(self.group, values[chosen], self.model.vectors(self.z, coefficients[:, chosen]))

@@ -41,6 +41,9 @@ _KEPT = (
 )
 
 
+_CREATORS = ("full", "zeros", "new_zeros", "new_full", "zeros_like", "full_like", "scalar_tensor")
+
+
 @dataclass(frozen=True, eq=False)
 class Graph:
     """An exported program: which inputs are trained parameters, which are numbers that stay, and what is an output."""
@@ -54,6 +57,11 @@ class Graph:
     def nodes(self) -> list[fx.Node]:
         """The nodes in order of execution."""
         return list(self.program.graph.nodes)
+
+    @property
+    def parameters(self) -> list[str]:
+        """The names of the trained parameters, each once however often it is tied."""
+        return list(dict.fromkeys(self.trained.values()))
 
     def shape(self, parameter: str) -> torch.Size:
         """Return the shape of a trained parameter."""
@@ -84,7 +92,10 @@ def trace(model: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any]
                 for name, buffer in model.named_buffers():
                     if not torch.equal(buffer, buffers[name]):
                         buffer.copy_(buffers[name])
-    return _graph(program, {name for name, p in model.named_parameters() if p.requires_grad})
+    # A module that is used twice is exported under the name of its last place.
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    aliases = model.named_parameters(remove_duplicate=False)
+    return _graph(program, {alias: first[id(p)] for alias, p in aliases if p.requires_grad})
 
 
 TorchErrors = (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError)
@@ -104,17 +115,19 @@ def _slow_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _graph(program: ExportedProgram, trained_names: set[str]) -> Graph:
+def _graph(program: ExportedProgram, names: Mapping[str, str]) -> Graph:
     trained: dict[str, str] = {}
     fixed: dict[str, Tensor | None] = {}
     for spec in program.graph_signature.input_specs:
         name = spec.arg.name
-        if spec.kind is InputKind.PARAMETER and spec.target in trained_names:
-            trained[name] = str(spec.target)
+        if spec.kind is InputKind.PARAMETER and spec.target in names:
+            trained[name] = names[str(spec.target)]
         elif spec.kind is InputKind.PARAMETER or (spec.kind is InputKind.BUFFER and spec.persistent):
             fixed[name] = program.state_dict[str(spec.target)]
         elif spec.kind in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
-            fixed[name] = program.constants[str(spec.target)]
+            # A scalar that the code made is a literal, a scalar buffer is any number.
+            value = program.constants[str(spec.target)]
+            fixed[name] = value if value.ndim or spec.kind is InputKind.CONSTANT_TENSOR else None
         else:
             fixed[name] = None
     nodes = {node.name: node for node in program.graph.nodes}
@@ -142,13 +155,15 @@ def infer(graph: Graph, limit: bool) -> Units:
     return units
 
 
-def _input(graph: Graph, node: fx.Node) -> Form | Weight | Tensor | None:
+def _input(graph: Graph, node: fx.Node) -> Form | Weight | Tensor | float | None:
     shape = node.meta["val"].shape if isinstance(node.meta.get("val"), Tensor) else None
     if node.name in graph.trained:
         return Weight(graph.trained[node.name], torch.empty(graph.shape(graph.trained[node.name]), device="meta"))
     value = graph.fixed[node.name]
     if shape is None:
         return None
+    if value is not None and not shape and node.meta["val"].is_floating_point():
+        return float(value)
     if node.meta["val"].is_floating_point() or node.meta["val"].is_complex():
         return Form(shape)
     return value
@@ -169,11 +184,9 @@ def _call(units: Units, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     if viewed is not None:
         return viewed
     forms = [form for value in (*args, *kwargs.values()) for form in _forms(value)]
-    if forms and all(isinstance(form, Form) and not form.terms for form in forms):
+    if forms and name not in _CREATORS and all(isinstance(form, Form) and not form.terms for form in forms):
         return _pinned(node.meta["val"])
-    if not forms and found is not None and name in ("full", "zeros", "new_zeros", "scalar_tensor"):
-        pass
-    elif not forms:
+    if not forms and name not in _CREATORS:
         return _pinned(node.meta["val"])
     if found is None:
         return _unknown(units, node, args, kwargs)
@@ -219,6 +232,8 @@ def _finished(units: Units, result: Any, meta: Any) -> Any:
         return [_finished(units, part, value) for part, value in zip(parts, meta, strict=False)]
     if result is None:
         return _pinned(meta)
+    if isinstance(result, float):
+        return result
     whole = result.expand(meta.shape)
     units.mixing.fibres(whole, set(range(len(whole.shape))))
     return whole

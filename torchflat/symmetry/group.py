@@ -16,8 +16,8 @@ __all__ = ["Group", "HasCouplings", "couplings_of"]
 
 # Entries of a matrix of rows that are moved at once: what stays in a processor's cache.
 PIECE = 2**21
-# Squares of writers or readers below this share of the coupling's are rounding, not numbers to be balanced.
-NEGLIGIBLE = 1e-28
+# Squares of writers or readers below this share of the coupling's largest are zero.
+NEGLIGIBLE = 1e-30
 
 
 class HasCouplings(Protocol):
@@ -96,7 +96,7 @@ class Group:
         """Yield g(z)·rows, or g(z)⁻¹·rows, range of columns by range of columns, so that a few stay in the cache."""
         sign = -1.0 if inverse else 1.0
         factors = self._field(sign * z).to(rows.device, rows.dtype).exp()
-        width = max(1, PIECE // len(rows))
+        width = max(1, PIECE // max(1, len(rows)))
         mixed = self._mixed(z, sign)
         for name, place in self._places.items():
             if name in mixed:
@@ -177,16 +177,16 @@ class Group:
         parts = [m.clamp(-most, most) if m.ndim == 1 else _clamped(m, most) for m in self.matrices(z)]
         return self.packed(parts)
 
-    def length(self, imbalance: Tensor, reach: Tensor, most: float) -> float:
-        """Bound max ⟨C, z' − z⟩ over |z'| ≤ ``most``, for C = ``imbalance`` and |z| = ``reach`` ≤ ``most``.
+    def slack(self, imbalance: Tensor, z: Tensor, most: float) -> float:
+        """Bound max ⟨C, z − z'⟩ over |z'| ≤ ``most``, for C = ``imbalance`` at z, which is no longer than that.
 
         For full couplings z' − z stands for the logarithm that leads from one positive definite matrix to the other,
         whose eigenvalues are at most 2·``most``.
         """
         total = 0.0
-        for part, z, coupling in zip(self.matrices(imbalance), self.matrices(reach), self.couplings, strict=True):
+        for part, place, coupling in zip(self.matrices(imbalance), self.matrices(z), self.couplings, strict=True):
             if coupling.kind == "diagonal":
-                total += float((part.abs() * (most + z.abs())).sum())
+                total += float((part.abs() * most + part * place).sum())
             else:
                 total += 2 * most * float(torch.linalg.eigvalsh(part).abs().sum())
         return total

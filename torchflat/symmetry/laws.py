@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,11 +15,15 @@ from torchflat.symmetry.coupling import Coupling, Member
 from torchflat.symmetry.graph import Graph, infer, trace
 from torchflat.symmetry.linear import LinearLaw
 from torchflat.symmetry.shifts import linear_laws
-from torchflat.symmetry.verify import TOLERANCE, gradients, relative, relative_sum
+from torchflat.symmetry.verify import TOLERANCE, gradients, noise, relative
 
 __all__ = ["Laws", "laws"]
 
-Tensors = nn.Module | Mapping[str, Tensor]
+Tensors = Mapping[str, Tensor]
+Law = Coupling | LinearLaw
+
+# A tenth of a percent: ε in the code cannot be taken away, and is small against variances of order 1.
+_LIMIT_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,18 +62,18 @@ class Laws:
                 return coupling
         raise UsageError(f"no coupling is called {name!r}{did_you_mean(name, [c.name for c in self.couplings])}")
 
-    def values(self, model: Tensors | Tensor) -> dict[str, Tensor]:
+    def values(self, model: nn.Module | Tensors | Tensor) -> dict[str, Tensor]:
         """Return all conserved numbers by name, in float64, of a model or of tensors in its parameters' shapes."""
         tensors = _tensors(model)
         return {law.name: law.value(tensors) for law in (*self.couplings, *self.linear)}
 
-    def drift(self, before: Tensors | Tensor, after: Tensors | Tensor) -> dict[str, Tensor]:
+    def drift(self, before: nn.Module | Tensors | Tensor, after: nn.Module | Tensors | Tensor) -> dict[str, Tensor]:
         """Return how much every conserved number changed: zero to first order in the step along any path of gradients."""
         old, new = self.values(before), self.values(after)
         return {name: new[name] - old[name] for name in old}
 
     def residuals(
-        self, model: Tensors | Tensor, gradient: Mapping[str, Tensor] | Tensor | None = None
+        self, model: nn.Module | Tensors | Tensor, gradient: Tensors | Tensor | None = None
     ) -> dict[str, float]:
         """Return |θᵀAg| / Σ|θ||Ag| of each law, the largest of its numbers; without ``gradient``, that in ``.grad``."""
         if gradient is None:
@@ -77,7 +81,8 @@ class Laws:
                 raise UsageError("residuals: give the gradients, or a module that has them in .grad")
             gradient = {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in model.named_parameters()}
         tensors, g = _tensors(model), _tensors(gradient)
-        return {law.name: _residual(law, tensors, g) for law in (*self.couplings, *self.linear)}
+        floor = noise(g)
+        return {law.name: relative(law, tensors, g, floor) for law in (*self.couplings, *self.linear)}
 
     def act(self, model: nn.Module, log_scales: Mapping[str, Tensor] | Tensor) -> dict[str, Tensor]:
         """Return the state_dict of the network moved along its orbit, which computes the same function.
@@ -193,12 +198,6 @@ class Laws:
         return "\n".join(lines)
 
 
-def _residual(law: Coupling | LinearLaw, parameters: Mapping[str, Tensor], gradient: Mapping[str, Tensor]) -> float:
-    if isinstance(law, LinearLaw):
-        return float(relative_sum(law, gradient).max())
-    return float(relative(law, parameters, gradient).max())
-
-
 def _scaled(coupling: Coupling, member: Member, rows: Tensor, z: Tensor) -> Tensor:
     if coupling.kind == "diagonal":
         return rows * (member.exponent * z[member.channel.to(z.device)]).exp()[:, None]
@@ -206,7 +205,7 @@ def _scaled(coupling: Coupling, member: Member, rows: Tensor, z: Tensor) -> Tens
     return torch.cat([matrix @ run for run in rows.split(coupling.size)])
 
 
-def _tensors(model: Tensors | Tensor) -> Mapping[str, Tensor]:
+def _tensors(model: nn.Module | Tensors | Tensor) -> Mapping[str, Tensor]:
     if isinstance(model, nn.Module):
         return {name: parameter.detach() for name, parameter in model.named_parameters()}
     return {"x": model} if isinstance(model, Tensor) else model
@@ -253,22 +252,39 @@ def laws(
         )
     along = _class_axis(loss)
     graph = trace(model, inputs, keywords, mode)
+    exact: list[Law]
     exact, unknown = _inferred(graph, limit=False)
     approximate = _beyond(_inferred(graph, limit=True)[0], exact)
-    promised = (*exact, *linear_laws(graph, along), *approximate)
-    largest = [0.0] * len(promised)
-    for parameters, gradient in gradients(model, inputs, keywords, mode, along, points, seed):
-        largest = [max(old, _residual(law, parameters, gradient)) for old, law in zip(largest, promised, strict=True)]
-    measured = {law.name: residual for law, residual in zip(promised, largest, strict=True)}
-    held = [law for law in promised[: len(promised) - len(approximate)] if measured[law.name] <= TOLERANCE]
+    exact = [*exact, *linear_laws(graph, along)]
+
+    def residuals(promised: Sequence[Law], limit: bool) -> dict[str, float]:
+        passes = gradients(model, inputs, keywords, mode, along, points, seed, limit) if promised else ()
+        return _largest(promised, passes)
+
+    measured = residuals([*exact, *approximate], limit=False)
+    in_limit = residuals(approximate, limit=True)
+    dropped = {law.name: measured[law.name] for law in exact if not measured[law.name] <= TOLERANCE}
+    # Where ε stands in the code and not in a module it stays, and the law is judged by what is left of it.
+    dropped |= {name: residual for name, residual in in_limit.items() if not residual <= _LIMIT_TOLERANCE}
+    held = [law for law in exact if law.name not in dropped]
     return Laws(
         tuple(law for law in held if isinstance(law, Coupling)),
         tuple(law for law in held if isinstance(law, LinearLaw)),
-        tuple(approximate),
+        tuple(law for law in approximate if law.name not in dropped),
         unknown,
-        {law.name: measured[law.name] for law in promised if law not in held and law not in approximate},
-        {law.name: measured[law.name] for law in approximate},
+        dropped,
+        {law.name: measured[law.name] for law in approximate if law.name not in dropped},
     )
+
+
+def _largest(promised: Sequence[Law], passes: Iterable[tuple[Tensors, Tensors]]) -> dict[str, float]:
+    """Return the largest relative residual of each law."""
+    largest = {law.name: 0.0 for law in promised}
+    for parameters, gradient in passes:
+        floor = noise(gradient)
+        for law in promised:
+            largest[law.name] = max(largest[law.name], relative(law, parameters, gradient, floor))
+    return largest
 
 
 def _class_axis(loss: Callable[..., Tensor] | nn.Module | None) -> int | None:
@@ -288,9 +304,9 @@ def _arguments(example: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     return (tuple(example), {}) if isinstance(example, (tuple, list)) else ((example,), {})
 
 
-def _inferred(graph: Graph, limit: bool) -> tuple[list[Coupling], Mapping[str, str]]:
+def _inferred(graph: Graph, limit: bool) -> tuple[list[Law], Mapping[str, str]]:
     units = infer(graph, limit)
-    found = couplings(units, units.equations.solve(), list(graph.trained.values()))
+    found = couplings(units, units.equations.solve(), graph.parameters)
     return list(found), units.unknown
 
 

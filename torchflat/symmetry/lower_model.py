@@ -15,6 +15,8 @@ __all__ = ["LowerModel", "Smoothed"]
 
 # Shares of the mixture below this are left out.
 SHARE = 1e-9
+# What an indefinite model takes up may exceed ‖H‖ by this factor.
+SOUND = 1.5
 # Columns that are multiplied at once.
 COLUMNS = 2**16
 
@@ -43,10 +45,15 @@ class LowerModel:
         self.rows = torch.empty(0, group.layout.n, dtype=dtype, device=device)
         self.signs = torch.empty(0, dtype=torch.float64)
 
-    def add(self, vectors: Tensor, products: Tensor) -> None:
-        """Take up the products H x for rows x, (m, n) both: y = (HX − Y…)/√σ for what they tell beyond the model."""
+    def add(self, vectors: Tensor, products: Tensor, z: Tensor, norm: float) -> None:
+        """Take up the products H x for rows x, (m, n) both: y = (HX − Y…)/√σ for what they tell beyond the model.
+
+        Where H is not semidefinite, a small σ can go with a large numerator: what exceeds ``norm``, that of H at z, is
+        left out.
+        """
         weights = _products(vectors, self.rows)
         schur = _products(vectors, products)
+        # Rounding in products is relative to ‖H‖, which the largest of the products shows.
         size = float(schur.diagonal().abs().max())
         schur = (schur + schur.T) / 2 - weights * self.signs @ weights.T
         values, rotation = torch.linalg.eigh(schur)
@@ -55,8 +62,12 @@ class LowerModel:
         values, rotation = values[kept], rotation[:, kept] / values[kept].abs().sqrt()
         left = rotation.T.to(products.device, products.dtype) @ products
         left -= (rotation.T @ (weights * self.signs)).to(left.device, left.dtype) @ self.rows
+        signs = values.sign()
+        if not self.definite:
+            sound = self.group.act(left, z, inverse=True).square().sum(1, dtype=torch.float64) <= SOUND * norm
+            left, signs = left[sound], signs[sound.cpu()]
         self.rows = torch.cat([self.rows, left])
-        self.signs = torch.cat([self.signs, values.sign()])
+        self.signs = torch.cat([self.signs, signs])
 
     def eigenpairs(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return the eigenvalues of g⁻¹Mg⁻¹ at z in falling order of size, and c as columns: unit vectors g⁻¹Yᵀc."""
@@ -69,7 +80,7 @@ class LowerModel:
         values, vectors = torch.linalg.eigh(root.T @ (self.signs[:, None] * root))
         order = self._size(values).argsort(descending=True)
         values, vectors = values[order], vectors[:, order]
-        known = values.abs() > 1e-14 * values.abs().max()
+        known = values.abs() > 1e-14 * values.abs().amax() if len(values) else values > 0
         values, vectors = values[known], vectors[:, known]
         return values, self.signs[:, None] * (root @ vectors) / values
 
@@ -92,8 +103,8 @@ class LowerModel:
 
         For any W ⪰ 0 with trace 1, λ₁ at z is at least h(z) = tr(W·Gram(z)) = Σ|g⁻¹y|², over rows y with YᵀWY = Σyyᵀ.
         log h is convex, so that at any z' it exceeds log h(z) + ⟨∇ log h(z), z' − z⟩, and ∇ log h = −2C/h: however
-        inexactly h is minimised, h(z)·exp(−2 max⟨C/h, z' − z⟩) is a bound. W is that of the smoothed norm at z, whose
-        stationary point is one of h too.
+        inexactly h is minimised, h(z)·exp(−2 max⟨C/h, z' − z⟩) is a bound (:meth:`Group.slack`). W is that of the
+        smoothed norm at z, whose stationary point is one of h too.
         """
         values, vectors = self.eigenpairs(z)
         shares = (values / values[0]).clamp(min=0) ** (power - 1)
@@ -101,13 +112,7 @@ class LowerModel:
         mixture = self._mixture(vectors, shares * values.clamp(min=0))
         # g⁻¹ is g at −z for diagonal and full couplings alike.
         balance = least_norm(self.group, mixture @ self.rows, -z, most, tolerance=min(1e-6, 1e-3 / power), steps=100)
-        return balance.value * math.exp(-2 * self.group.length(balance.imbalance, balance.z, most))
-
-    def cluster(self, z: Tensor, width: float) -> tuple[Tensor, Tensor]:
-        """Return the eigenvalues within a factor 1 − ``width`` of the first, and their unit vectors at z as rows."""
-        values, vectors = self.eigenpairs(z)
-        chosen = self._size(values) >= (1 - width) * self._size(values[0])
-        return values[chosen], self.vectors(z, vectors[:, chosen])
+        return balance.value * math.exp(-2 * self.group.slack(balance.imbalance, balance.z, most))
 
     def vectors(self, z: Tensor, coefficients: Tensor) -> Tensor:
         """Return g⁻¹Yᵀc for the columns c, as rows."""

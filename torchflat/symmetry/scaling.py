@@ -15,19 +15,24 @@ __all__ = ["Balance", "least_norm"]
 # One Newton step changes no log-scale by more.
 LONGEST_STEP = 2.0
 CG_STEPS = 60
+# Rounding of F, relative: near the least, steps change it by less.
+ROUNDING = 1e-14
 # What a step in a full coupling costs by itself, relative to the writers and readers: where they lack directions, it
 # would go to infinity in these.
 PROXIMAL = 1e-6
 
 
 class Balance(NamedTuple):
-    """Σ|g(z)v|² = ``value`` at z, where C/value = ``imbalance``, whose absolute values sum to ``residual``."""
+    """Σ|g(z)v|² = ``value`` at z, where C/value = ``imbalance``.
+
+    ``residual`` is the sum of its absolute values, less those of log-scales that would leave the box (``held``).
+    """
 
     z: Tensor
     value: float
     imbalance: Tensor
     residual: float
-    steps: int
+    held: Tensor
 
 
 def least_norm(group: Group, rows: Tensor, start: Tensor, most: float, tolerance: float, steps: int = 60) -> Balance:
@@ -46,7 +51,7 @@ def least_norm(group: Group, rows: Tensor, start: Tensor, most: float, tolerance
     z, squares = start.clone(), rows.square().sum(0, dtype=torch.float64) if group.diagonal else None
     best: Balance | None = None
     for step in range(steps + 1):
-        current = _measured(group, rows, squares, z, step)
+        current = _measured(group, rows, squares, z, most)
         if best is None or current.residual < best.residual:
             best = current
         if current.residual <= tolerance or step == steps:
@@ -69,34 +74,39 @@ def _moved_squares(group: Group, rows: Tensor, squares: Tensor | None, z: Tensor
     return moved.square().sum(0, dtype=torch.float64), moved
 
 
-def _measured(group: Group, rows: Tensor, squares: Tensor | None, z: Tensor, step: int) -> Balance:
+def _measured(group: Group, rows: Tensor, squares: Tensor | None, z: Tensor, most: float) -> Balance:
     moved, vectors = _moved_squares(group, rows, squares, z)
     value = float(moved.sum())
     imbalance = group.imbalance_of(moved, vectors) / max(value, 1e-300)
-    parts = [p.abs().sum() if p.ndim == 1 else torch.linalg.eigvalsh(p).abs().sum() for p in group.matrices(imbalance)]
-    return Balance(z, value, imbalance, float(sum(parts)), step)
+    held = ((z >= most) & (imbalance < 0)) | ((z <= -most) & (imbalance > 0))
+    free = group.matrices(imbalance * ~held)
+    parts = [p.abs().sum() if p.ndim == 1 else torch.linalg.eigvalsh(p).abs().sum() for p in free]
+    return Balance(z, value, imbalance, float(sum(parts)), held)
 
 
 def _newton(group: Group, rows: Tensor, squares: Tensor | None, current: Balance) -> Tensor:
     """Take one damped Newton step in the diagonal log-scales."""
     is_diagonal = group.packed([torch.full_like(m, float(m.ndim == 1)) for m in group.matrices(group.identity())])
-    gradient = current.imbalance * is_diagonal
+    free = is_diagonal * ~current.held
+    gradient = current.imbalance * free
     if not bool(gradient.any()):
         return current.z
     moved, _ = _moved_squares(group, rows, squares, current.z)
-    direction = _conjugate_gradients(group, moved / current.value, -gradient / 2)
+    direction = _conjugate_gradients(group, moved / current.value, -gradient / 2, free)
     direction *= min(1.0, LONGEST_STEP / float(direction.abs().max()))
     slope, length = 2 * float(gradient @ direction), 1.0
     for _ in range(30):
         z = current.z + length * direction
-        if float(_moved_squares(group, rows, squares, z)[0].sum()) <= current.value * (1 + 1e-4 * length * slope):
+        if float(_moved_squares(group, rows, squares, z)[0].sum()) <= current.value * (
+            1 + 1e-4 * length * slope + ROUNDING
+        ):
             return z
         length /= 2
     return current.z
 
 
-def _conjugate_gradients(group: Group, squares: Tensor, right: Tensor) -> Tensor:
-    """Solve Bᵀdiag(squares)B x = ``right`` to the accuracy that a Newton step is worth."""
+def _conjugate_gradients(group: Group, squares: Tensor, right: Tensor, free: Tensor) -> Tensor:
+    """Solve Bᵀdiag(squares)B x = ``right`` in the free coordinates, to the accuracy that a Newton step is worth."""
     scale = group.masses(squares).clamp(min=1e-300)
     tolerance = min(0.1, math.sqrt(float(right.abs().sum()))) * float((right / scale.sqrt()).norm())
     x, residual = torch.zeros_like(right), right.clone()
@@ -105,7 +115,7 @@ def _conjugate_gradients(group: Group, squares: Tensor, right: Tensor) -> Tensor
     for _ in range(CG_STEPS):
         if math.sqrt(max(product, 0.0)) <= tolerance:
             break
-        image = group.curvature(squares, direction)
+        image = group.curvature(squares, direction) * free
         bend = float(direction @ image)
         if bend <= 0:
             break

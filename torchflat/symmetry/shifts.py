@@ -127,7 +127,9 @@ def _identified(a: Tensor, b: Tensor) -> Tensor:
     used = {axis for labels in (a, b) for axis in dependent_axes(labels)}
     still = [axis for axis in range(a.ndim) if axis not in used]
     shape, a, b = a.shape, narrowed(a, still), narrowed(b.expand(a.shape), still)
-    names, inverse = torch.cat([torch.zeros(1, dtype=torch.int64), a.reshape(-1), b.reshape(-1)]).unique(return_inverse=True)
+    names, inverse = torch.cat([torch.zeros(1, dtype=torch.int64), a.reshape(-1), b.reshape(-1)]).unique(
+        return_inverse=True
+    )
     left, right = inverse[1:].split(a.numel())
     # The patterns are independent: the same label means something else in the other.
     offset = len(names)
@@ -371,7 +373,7 @@ def linear_laws(graph: Graph, along: int | None) -> tuple[LinearLaw, ...]:
             forms[node] = _carried(units, node, forms)
         if isinstance(forms.get(node), Form) and forms[node].terms:
             forms[node] = _checked(units, node, forms[node], harmless)
-    found = couplings(units, units.equations.solve(), list(graph.trained.values()))
+    found = couplings(units, units.equations.solve(), graph.parameters)
     return tuple(
         LinearLaw(f"Σ {coupling.name.replace(' → ', ' − ')}", coupling.size, coupling.members) for coupling in found
     )
@@ -381,7 +383,11 @@ def _shift_of(graph: Graph, harmless: _Harmless, units: Units, node: fx.Node) ->
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return None
-    if node.name not in graph.trained:
+    # A tied parameter may come in under several names, of which usually one is used.
+    twins = [
+        other for other in graph.nodes if other.users and graph.trained.get(other.name) == graph.trained.get(node.name)
+    ]
+    if node.name not in graph.trained or twins != [node]:
         return Form(value.shape)
     allowed = harmless.allowed[node]
     users = _final_users(node)
@@ -411,7 +417,7 @@ def _final_users(node: fx.Node) -> set[str]:
     found: set[str] = set()
     for user in node.users:
         name = _operator(user)
-        if name in _MOVES or (name == "" and user.op == "call_function"):
+        if name in (*_MOVES, "cat", "neg") or (name == "" and user.op == "call_function"):
             found |= _final_users(user)
         elif name in ("add", "sub") or (name in ("linear", "convolution") and list(user.args).index(node) == 2):
             found.add("added")
@@ -428,7 +434,7 @@ def _carried(units: Units, node: fx.Node, forms: dict[fx.Node, Any]) -> Any:
     if name == "" and getattr(node.target, "__name__", "") == "getitem":
         return forms[node.args[0]][node.args[1]]  # type: ignore[index]
     sources = [source for source in node.all_input_nodes if isinstance(forms.get(source), Form)]
-    if any(forms[source].terms for source in sources) and name in _ADDITIVE:
+    if any(_carries(node, source) for source in sources if forms[source].terms):
         carried = _sum(units, node, forms)
         if carried is not None:
             return carried
@@ -476,7 +482,9 @@ def _expanded(form: Any, meta: Any) -> Any:
 
 def _checked(units: Units, node: fx.Node, form: Form, harmless: _Harmless) -> Form:
     """Demand that a shift is harmless to those users that do not carry it on; return the simplest form of it."""
-    edges = [harmless.edge(user, node) for user in node.users if user.op == "call_function" and not _carries(user, node)]
+    edges = [
+        harmless.edge(user, node) for user in node.users if user.op == "call_function" and not _carries(user, node)
+    ]
     if node in harmless.outputs:
         edges.append(harmless.output(node.meta["val"]))
     if not edges:
@@ -500,4 +508,6 @@ def _carries(user: fx.Node, source: fx.Node) -> bool:
         return user.args[0] is source and isinstance(user.args[1], (int, float)) and not user.kwargs
     if name in ("linear", "convolution", "addmm"):
         return [i for i, argument in enumerate(user.args) if argument is source] == [0 if name == "addmm" else 2]
-    return name in _ADDITIVE or (name == "" and isinstance(user.args[0], fx.Node))
+    return (name in _ADDITIVE and (name in RULES or name in ("add", "sub", "neg"))) or (
+        name == "" and isinstance(user.args[0], fx.Node)
+    )

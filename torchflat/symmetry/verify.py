@@ -17,11 +17,13 @@ from torchflat.objective.state import modules_kept, plain_autograd, random_state
 from torchflat.symmetry.coupling import Coupling, Member
 from torchflat.symmetry.linear import LinearLaw
 
-__all__ = ["TOLERANCE", "gradients", "relative", "relative_sum"]
+__all__ = ["TOLERANCE", "gradients", "noise", "relative"]
 
 # In float64 what holds is below 1e-10 even behind a hundred layers; what holds only as ε → 0 is above 1e-8.
 TOLERANCE = 1e-8
 _PERTURBATION = 0.1
+_FLOOR = 1e-6
+_NEXT_TO_ZERO = 1e-30
 
 Passes = Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]
 
@@ -34,26 +36,33 @@ def gradients(
     along: int | None = None,
     points: int = 3,
     seed: int = 0,
+    limit: bool = False,
 ) -> Passes:
     """Yield (parameters, gradients) of ⟨random cotangent, output⟩ for random inputs, at the model and at points near.
 
     The first point is the model's own; at the others parameters and buffers are perturbed by about a tenth. Inputs are
     normal where they are floating, and drawn from the range of the example where they are integers. ``along`` is an axis
     of the output over which cotangents sum to zero, as the gradients of a loss do that shifts along it leave alone.
+    ``limit`` takes the ε of all modules that have one next to zero.
     """
     try:
         twin = copy.deepcopy(model).double()
     except (RuntimeError, TypeError) as error:
         raise UsageError(f"the model cannot be copied to verify its laws in float64: {error}") from error
+    for module in twin.modules():
+        if limit and isinstance(getattr(module, "eps", None), float):
+            module.eps = _NEXT_TO_ZERO
     trained = {name: p for name, p in twin.named_parameters() if p.requires_grad}
-    with random_states_kept(), modules_kept(twin, mode == "train"), _float64(), plain_autograd(torch.device("cpu")):
+    with random_states_kept(), _float64(), plain_autograd(torch.device("cpu")):
         torch.manual_seed(seed)
         for point in range(points):
             values = {name: _near(p.detach()) if point else p.detach().clone() for name, p in trained.items()}
             buffers = {name: _scaled(b) if point else b.clone() for name, b in twin.named_buffers()}
             parameters = {name: value.requires_grad_() for name, value in values.items()}
             drawn, named = pytree.tree_map(_random_like, (inputs, dict(keywords)))
-            output = functional_call(twin, (parameters, buffers), drawn, named)
+            # Each call by itself, because functional_call forgets the ties of a module that is registered twice.
+            with modules_kept(twin, mode == "train"):
+                output = functional_call(twin, (parameters, buffers), drawn, named)
             leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
             if not leaves:
                 raise UsageError("the output does not depend on any parameter that requires grad")
@@ -98,22 +107,25 @@ def _centred(value: Tensor, along: int | None) -> Tensor:
     return value if along is None else value - value.mean(along, keepdim=True)
 
 
-def relative(coupling: Coupling, parameters: Mapping[str, Tensor], gradient: Mapping[str, Tensor]) -> Tensor:
-    """Return |θᵀAg| / Σ|θ||Ag| for each number of a coupling, in its shape; 0 where nothing depends on a channel."""
-    sizes = Coupling(coupling.name, coupling.size, _weights_only(coupling.members), coupling.kind)
-    scale = sizes.product(_absolute(coupling, parameters), _absolute(coupling, gradient))
-    return torch.where(scale > 0, coupling.product(parameters, gradient).abs() / scale, 0.0)
+def noise(gradient: Mapping[str, Tensor]) -> float:
+    """Return a size below which an entry of this gradient may be rounding: a law may say that some are zero."""
+    number = sum(g.numel() for g in gradient.values())
+    return float(_FLOOR * (sum(float(g.detach().double().square().sum()) for g in gradient.values()) / number) ** 0.5)
 
 
-def relative_sum(law: LinearLaw, gradient: Mapping[str, Tensor]) -> Tensor:
-    """Return |aᵀg| / Σ|a||g| for each number of a linear law, (size,); 0 where nothing depends on it."""
-    scale = LinearLaw(law.name, law.size, _weights_only(law.members)).value(_absolute(law, gradient))
-    return torch.where(scale > 0, law.value(gradient).abs() / scale, 0.0)
+def relative(
+    law: Coupling | LinearLaw, parameters: Mapping[str, Tensor], gradient: Mapping[str, Tensor], floor: float
+) -> float:
+    """Return the largest |θᵀAg| / Σ|θ||Ag| of a coupling, |aᵀg| / Σ|a||g| of a linear law; 0 where it moves nothing.
 
-
-def _weights_only(members: tuple[Member, ...]) -> tuple[Member, ...]:
-    return tuple(Member(m.parameter, m.axis, m.index, m.channel, abs(m.exponent)) for m in members)
-
-
-def _absolute(law: Coupling | LinearLaw, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {member.parameter: tensors[member.parameter].detach().abs() for member in law.members}
+    ``floor`` is added to |g| below the line, as :func:`noise` gives it.
+    """
+    members = tuple(Member(m.parameter, m.axis, m.index, m.channel, abs(m.exponent)) for m in law.members)
+    sizes = {m.parameter: gradient[m.parameter].detach().abs() + floor for m in members}
+    if isinstance(law, LinearLaw):
+        number, scale = law.value(gradient), LinearLaw(law.name, law.size, members).value(sizes)
+    else:
+        absolute = {m.parameter: parameters[m.parameter].detach().abs() for m in members}
+        number = law.product(parameters, gradient)
+        scale = Coupling(law.name, law.size, members, law.kind).product(absolute, sizes)
+    return float(torch.where(scale > 0, number.abs() / scale, 0.0).max())

@@ -137,12 +137,14 @@ def _pad(u: Units, x: Form, pad: Sequence[int], value: float = 0.0) -> Form | No
 
 
 @rule("zeros", "zeros_like", "new_zeros", "full", "full_like", "new_full", "scalar_tensor")
-def _constant(u: Units, *args: Any, **_: Any) -> Form | None:
-    """Zeros scale as anything does."""
+def _constant(u: Units, *args: Any, **_: Any) -> Form | float | None:
+    """Zeros scale as anything does; a scalar is as good as a literal."""
     assert u.node is not None
-    name = str(u.node.target)
+    name, shape = str(u.node.target), u.node.meta["val"].shape
     value = 0.0 if "zeros" in name else (args[0] if "scalar" in name else args[1] if "new" not in name else args[2])
-    return u.fresh(u.node.meta["val"].shape) if value == 0 else None
+    if not shape:
+        return float(value)
+    return u.fresh(shape) if value == 0 else None
 
 
 @rule("view_as_complex")
