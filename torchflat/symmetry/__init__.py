@@ -3,6 +3,7 @@
 from torchflat.symmetry.balance import Balanced, balance
 from torchflat.symmetry.certificate import Certificate
 from torchflat.symmetry.coupling import Coupling, Member
+from torchflat.symmetry.flattened import flattened
 from torchflat.symmetry.flattest import Flattest, flattest
 from torchflat.symmetry.flow import Flow, flow
 from torchflat.symmetry.group import Group
@@ -20,6 +21,7 @@ __all__ = [
     "LinearLaw",
     "Member",
     "balance",
+    "flattened",
     "flattest",
     "flow",
     "laws",
