@@ -14,7 +14,7 @@ __all__ = ["SMALL", "Small"]
 
 @dataclass(frozen=True)
 class Small:
-    """One case. ``counts`` are conserved numbers: diagonal, full, linear; ``shape`` that of a batch; or ``ids`` below."""
+    """One case. ``counts``: diagonal, full, linear; ``shape``: of a batch, of numbers below ``ids`` if not 0."""
 
     name: str
     build: Callable[[], nn.Module]

@@ -144,7 +144,7 @@ def test_the_action_keeps_the_function(case: Small) -> None:
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_expected_counts(case: Small) -> None:
-    (model, example), found = _doubled(case), _laws(case)
+    found = _laws(case)
     assert (found.count["diagonal"], found.count["full"], found.count["linear"]) == case.counts
 
 

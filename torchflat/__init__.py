@@ -1,5 +1,6 @@
 """torchflat: how sharp is the minimum that a network was trained to, in numbers that carry an interval."""
 
+from torchflat import symmetry
 from torchflat.audit.report import Report
 from torchflat.audit.run import audit
 from torchflat.audit.task import Task
@@ -28,6 +29,7 @@ __all__ = [
     "sampling_interval",
     "sharpness",
     "spectral_density",
+    "symmetry",
     "trace",
     "variation",
 ]

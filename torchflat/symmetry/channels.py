@@ -85,7 +85,7 @@ def _slices(name: str, form: Form, solution: Solution) -> Iterator[_Slices]:
 def _whole_first(
     axes: tuple[int, ...], shape: torch.Size, where: Tensor, variable: Tensor, exponent: Tensor
 ) -> Iterator[tuple[tuple[int, ...], tuple[Tensor, Tensor, Tensor]]]:
-    """File variables that scale the whole parameter under its axis 0, whatever axis they come by, so that they cancel."""
+    """File variables that scale a whole parameter under its axis 0, whatever axis they come by: there they cancel."""
     if len(axes) != 1 or axes == (0,):
         yield axes, (where, variable, exponent)
         return
@@ -141,8 +141,8 @@ def _couplings(variables: Tensor, slices: Sequence[_Slices], blocks: Tensor, num
         else:
             yield full
     if alone:
-        members = torch.tensor(alone)
-        diagonal = _coupling(variables[torch.isin(variables, members)], own, number, "diagonal")
+        single = torch.tensor(alone)
+        diagonal = _coupling(variables[torch.isin(variables, single)], own, number, "diagonal")
         assert diagonal is not None
         yield diagonal
 
@@ -177,7 +177,7 @@ def _member(part: _Slices, places: Tensor, channels: Tensor, exponent: float) ->
 
 
 def _runs(channels: Tensor, places: Tensor, size: int) -> Tensor | None:
-    """Order places so that they run through all channels again and again; None if some channel has fewer than others."""
+    """Order places to run through all channels again and again; None if some channel has fewer than others."""
     if not len(places) or len(places) % size or bool((channels.bincount(minlength=size) != len(places) // size).any()):
         return None
     order = (channels * (int(places.max()) + 1) + places).argsort()

@@ -155,7 +155,7 @@ def _as_pairs(coefficients: Tensor, rows: Tensor, number: Tensor) -> tuple[Tenso
 
 
 def _merge(root: Tensor, ratio: Tensor, edges: Tensor, ratios: Tensor) -> None:
-    """Hook the larger root onto the smaller for all edges at once, flatten the trees, and again until all agree."""
+    """Join roots: hook the larger onto the smaller for all edges at once, flatten the trees, until all agree."""
     while len(edges):
         a, b = edges.unbind(1)
         low, high = root[a], root[b]

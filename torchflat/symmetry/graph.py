@@ -65,7 +65,8 @@ class Graph:
 
     def shape(self, parameter: str) -> torch.Size:
         """Return the shape of a trained parameter."""
-        return self.program.state_dict[parameter].shape
+        tensor: Tensor = self.program.state_dict[parameter]
+        return tensor.shape
 
 
 def trace(model: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any], mode: str) -> Graph:
@@ -85,7 +86,7 @@ def trace(model: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any]
         except TorchErrors as error:
             said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UsageError(
-                f"torch.export cannot follow the model: {said}; write control flow that depends on values in torch.where"
+                f"torch.export cannot follow the model: {said}; write choices that depend on values with torch.where"
             ) from error
         finally:
             with torch.no_grad():
@@ -170,14 +171,15 @@ def _input(graph: Graph, node: fx.Node) -> Form | Weight | Tensor | float | None
 
 
 def _call(units: Units, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+    found_arguments: Any = fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+    args, kwargs = found_arguments
     if not isinstance(node.target, torch._ops.OpOverload):
         if getattr(node.target, "__name__", "") == "getitem":
             return args[0][args[1]] if args[0] is not None else _pinned(node.meta["val"])
         return _unknown(units, node, args, kwargs)
-    if all(isinstance(value, Tensor) for value in (values[source] for source in node.all_input_nodes)):
-        if not _with_units(node.meta["val"]):
-            return node.target(*args, **_on_cpu(kwargs))
+    known = all(isinstance(values[source], Tensor) for source in node.all_input_nodes)
+    if known and not _with_units(node.meta["val"]):
+        return node.target(*args, **_on_cpu(kwargs))
     name = node.target._schema.name.removeprefix("aten::")
     found = RULES.get(name)
     viewed = _viewed(node, args, kwargs)

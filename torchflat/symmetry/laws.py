@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from torchflat.errors import UsageError, did_you_mean
-from torchflat.symmetry.channels import couplings
+from torchflat.symmetry.channels import couplings as couplings_of
 from torchflat.symmetry.coupling import Coupling, Member
 from torchflat.symmetry.graph import Graph, infer, trace
 from torchflat.symmetry.linear import LinearLaw
@@ -30,7 +30,7 @@ _LIMIT_TOLERANCE = 1e-3
 class Laws:
     """Quantities that gradient flow conserves on any data, and the rescalings of the parameters that belong to them.
 
-    ``couplings`` and ``linear`` hold exactly. ``approximate`` hold exactly only as the ε of normalisations goes to 0, and
+    ``couplings`` and ``linear`` hold exactly. ``approximate`` do so only as the ε of normalisations goes to 0, and
     ``measured`` says by how much gradients of this network contradict them, relative to what they are made of.
     ``unknown`` names the operators without a rule that stopped the inference at the places it names, and ``dropped``
     the laws that the graph promised and a gradient contradicted, which is a defect of a rule.
@@ -51,6 +51,10 @@ class Laws:
             total[coupling.kind] += coupling.laws
         return total
 
+    @property
+    def _exact(self) -> list[Law]:
+        return [*self.couplings, *self.linear]
+
     def __getitem__(self, name: str) -> Coupling:
         """Return the coupling of that name.
 
@@ -65,10 +69,10 @@ class Laws:
     def values(self, model: nn.Module | Tensors | Tensor) -> dict[str, Tensor]:
         """Return all conserved numbers by name, in float64, of a model or of tensors in its parameters' shapes."""
         tensors = _tensors(model)
-        return {law.name: law.value(tensors) for law in (*self.couplings, *self.linear)}
+        return {law.name: law.value(tensors) for law in self._exact}
 
     def drift(self, before: nn.Module | Tensors | Tensor, after: nn.Module | Tensors | Tensor) -> dict[str, Tensor]:
-        """Return how much every conserved number changed: zero to first order in the step along any path of gradients."""
+        """Return how much every conserved number changed: to first order in the step, gradients leave it alone."""
         old, new = self.values(before), self.values(after)
         return {name: new[name] - old[name] for name in old}
 
@@ -82,7 +86,7 @@ class Laws:
             gradient = {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in model.named_parameters()}
         tensors, g = _tensors(model), _tensors(gradient)
         floor = noise(g)
-        return {law.name: relative(law, tensors, g, floor) for law in (*self.couplings, *self.linear)}
+        return {law.name: relative(law, tensors, g, floor) for law in self._exact}
 
     def act(self, model: nn.Module, log_scales: Mapping[str, Tensor] | Tensor) -> dict[str, Tensor]:
         """Return the state_dict of the network moved along its orbit, which computes the same function.
@@ -179,6 +183,26 @@ class Laws:
             found.append(Coupling(name, size, members, "full"))
         return cls(tuple(found))
 
+    def degenerate(self, model: nn.Module | Tensors | Tensor) -> dict[str, Tensor]:
+        """Return by coupling the channels of which one side is zero: a dead unit, a zero row, a gain that began at 0.
+
+        Such a channel has its law, but rescaling it does nothing, or has no best scale.
+        """
+        tensors = _tensors(model)
+        found = {}
+        for coupling in self.couplings:
+            empty = torch.zeros(coupling.size, dtype=torch.bool)
+            for sign in (1, -1):
+                size = torch.zeros(coupling.size, dtype=torch.float64)
+                for member in coupling.members:
+                    if member.exponent * sign > 0:
+                        squares = member.slices(tensors[member.parameter].detach()).double().square().sum(1).cpu()
+                        size.index_add_(0, member.channel, squares)
+                empty |= size == 0
+            if bool(empty.any()):
+                found[coupling.name] = empty.nonzero()[:, 0]
+        return found
+
     def describe(self) -> str:
         """Return a table of the laws in words: what is coupled, how many channels, what is conserved."""
         rows = [("law", "kind", "channels", "laws", "")]
@@ -236,7 +260,7 @@ def laws(
         seed: of inputs, cotangents and perturbations.
 
     Raises:
-        UsageError: ``mode`` is neither; ``loss`` is another; the model cannot be exported; or no parameter requires grad.
+        UsageError: ``mode`` is neither; ``loss`` is another; the model cannot be exported; nothing requires grad.
 
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> print(laws(model, torch.zeros(1, 3)).describe())
@@ -252,10 +276,9 @@ def laws(
         )
     along = _class_axis(loss)
     graph = trace(model, inputs, keywords, mode)
-    exact: list[Law]
-    exact, unknown = _inferred(graph, limit=False)
-    approximate = _beyond(_inferred(graph, limit=True)[0], exact)
-    exact = [*exact, *linear_laws(graph, along)]
+    scalings, unknown = _inferred(graph, limit=False)
+    approximate = _beyond(_inferred(graph, limit=True)[0], scalings)
+    exact: list[Law] = [*scalings, *linear_laws(graph, along)]
 
     def residuals(promised: Sequence[Law], limit: bool) -> dict[str, float]:
         passes = gradients(model, inputs, keywords, mode, along, points, seed, limit) if promised else ()
@@ -294,7 +317,7 @@ def _class_axis(loss: Callable[..., Tensor] | nn.Module | None) -> int | None:
     if loss is nn.functional.cross_entropy or isinstance(loss, nn.CrossEntropyLoss):
         return 1
     raise UsageError(
-        f"loss={loss!r}: only the softmax cross-entropy has laws of its own; leave it out for those that hold for any loss"
+        f"loss={loss!r}: only the softmax cross-entropy has laws of its own; leave it out for those of any loss"
     )
 
 
@@ -304,16 +327,20 @@ def _arguments(example: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     return (tuple(example), {}) if isinstance(example, (tuple, list)) else ((example,), {})
 
 
-def _inferred(graph: Graph, limit: bool) -> tuple[list[Law], Mapping[str, str]]:
+def _inferred(graph: Graph, limit: bool) -> tuple[tuple[Coupling, ...], Mapping[str, str]]:
     units = infer(graph, limit)
-    found = couplings(units, units.equations.solve(), graph.parameters)
-    return list(found), units.unknown
+    return couplings_of(units, units.equations.solve(), graph.parameters), units.unknown
 
 
 def _beyond(limit: Sequence[Coupling], exact: Sequence[Coupling]) -> list[Coupling]:
     """Return those couplings of ``limit`` that are not in ``exact``."""
     known = {_signature(coupling) for coupling in exact}
-    return [coupling for coupling in limit if _signature(coupling) not in known]
+    names = {coupling.name for coupling in exact}
+    return [
+        replace(coupling, name=f"{coupling.name} (ε → 0)") if coupling.name in names else coupling
+        for coupling in limit
+        if _signature(coupling) not in known
+    ]
 
 
 def _signature(coupling: Coupling) -> tuple[Any, ...]:

@@ -41,8 +41,8 @@ def gradients(
     """Yield (parameters, gradients) of ⟨random cotangent, output⟩ for random inputs, at the model and at points near.
 
     The first point is the model's own; at the others parameters and buffers are perturbed by about a tenth. Inputs are
-    normal where they are floating, and drawn from the range of the example where they are integers. ``along`` is an axis
-    of the output over which cotangents sum to zero, as the gradients of a loss do that shifts along it leave alone.
+    normal where they are floating, and from the range of the example where they are integers. ``along`` is an axis of
+    the output over which cotangents sum to zero, as the gradients of a loss do that shifts along it leave alone.
     ``limit`` takes the ε of all modules that have one next to zero.
     """
     try:
@@ -51,7 +51,7 @@ def gradients(
         raise UsageError(f"the model cannot be copied to verify its laws in float64: {error}") from error
     for module in twin.modules():
         if limit and isinstance(getattr(module, "eps", None), float):
-            module.eps = _NEXT_TO_ZERO
+            setattr(module, "eps", _NEXT_TO_ZERO)  # noqa: B010
     trained = {name: p for name, p in twin.named_parameters() if p.requires_grad}
     with random_states_kept(), _float64(), plain_autograd(torch.device("cpu")):
         torch.manual_seed(seed)

@@ -128,7 +128,7 @@ def _convolution(
     output_padding: list[int],
     groups: int,
 ) -> Form:
-    """y[n, g·o, …] = Σ over c and the kernel of x[n, g·c, …] W[g·o, c, …] + b, at any place, so that places are alike."""
+    """y[n, g·o, …] = Σ over c and the kernel of x[n, g·c, …] W[g·o, c, …] + b; all places are alike."""
     x = u.form(x)
     kernel = len(x.shape) - 2
     x = u.alike(x, set(range(2, len(x.shape))))

@@ -15,7 +15,7 @@ __all__: list[str] = []
 Operand = Form | Tensor | int | float | bool | None
 
 
-@rule("relu", "leaky_relu", "abs", "_prelu_kernel_of_constant")
+@rule("relu", "leaky_relu", "abs")
 def _homogeneous(u: Units, x: Form, *_: Any) -> Form:
     """f(t x) = t f(x) for t > 0."""
     return u.separate(x)

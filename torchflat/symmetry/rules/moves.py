@@ -103,7 +103,7 @@ def _index_select(u: Units, x: Form, dim: int, index: Tensor | None, **_: Any) -
 
 
 def _constant_along(x: Form, asked: set[int], shape: torch.Size) -> Form:
-    """Replace the axes ``asked``, of size 1, by those of the index: where they were if they were neighbours, else first."""
+    """Replace the axes ``asked``, of size 1, by those of the index: where they were if neighbours, else first."""
     kept = [axis for axis in range(len(x.shape)) if axis not in asked]
     new = len(shape) - len(kept)
     neighbours = max(asked) - min(asked) + 1 == len(asked)

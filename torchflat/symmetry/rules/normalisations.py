@@ -52,7 +52,8 @@ def _native_layer_norm(
 
 @rule("rms_norm")
 def _rms_norm(u: Units, x: Form, normalized: Sequence[int], gain: Form | None = None, eps: float | None = None) -> Form:
-    return _layer_norm(u, x, normalized, gain, None, 1.0 if eps is None else eps)
+    out: Form = _layer_norm(u, x, normalized, gain, None, 1.0 if eps is None else eps)
+    return out
 
 
 @rule("group_norm")

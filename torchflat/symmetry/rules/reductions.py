@@ -83,7 +83,7 @@ def _avg_pool(u: Units, x: Form, *_: Any) -> Form:
 
 @rule(
     *("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d", "upsample_linear1d"),
-    *("upsample_bicubic2d", "upsample_trilinear3d", "_upsample_bilinear2d_aa", "pixel_shuffle_of_one"),
+    *("upsample_bicubic2d", "upsample_trilinear3d", "_upsample_bilinear2d_aa"),
 )
 def _upsample(u: Units, x: Form, *_: Any, **__: Any) -> Form:
     return _pooled(u, x, 2)
