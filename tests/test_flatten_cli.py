@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import torchflat.audit.flatten as flatten_module
+from torchflat.audit.flatten import flatten_checkpoint
 from torchflat.cli import main
 
 # f = 2 (ab - 1)² with two rows, as in the tests of compare: λ₁ = 4 (a² + b²) where ab = 1, and λ₁★ = 8 at a = b = 1.
@@ -48,7 +49,9 @@ def pairs():
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     Path("task.py").write_text(TASK)
-    save_file({"2.weight": torch.tensor([[4.0]]).double(), "0.weight": torch.tensor([[0.25]]).double()}, "a.safetensors")
+    save_file(
+        {"2.weight": torch.tensor([[4.0]]).double(), "0.weight": torch.tensor([[0.25]]).double()}, "a.safetensors"
+    )
     return tmp_path
 
 
@@ -95,7 +98,14 @@ def test_what_is_printed(place: Path, capsys: pytest.CaptureFixture[str]) -> Non
     printed = capsys.readouterr().out
     assert all(len(line) <= 80 for line in printed.splitlines())
     said = " ".join(printed.split())
-    for needle in ("λ₁ before", "λ₁ after", "headroom 8.03", "Rescaling alone explains a factor 8.03", "proved", "verified"):
+    for needle in (
+        "λ₁ before",
+        "λ₁ after",
+        "headroom 8.03",
+        "Rescaling alone explains a factor 8.03",
+        "proved",
+        "verified",
+    ):
         assert needle in said, needle
 
 
@@ -147,14 +157,15 @@ def test_outputs_that_cannot_be_written(place: Path, out: str, capsys: pytest.Ca
 def test_a_network_that_computes_something_else_is_not_written(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = flatten_module._state
+    module = sys.modules[flatten_checkpoint.__module__]
+    honest = module._state
 
     def wrong(*arguments: Any) -> dict[str, torch.Tensor]:
         state = honest(*arguments)
         state["0.weight"] *= 1 + 1e-6
         return state
 
-    monkeypatch.setattr(flatten_module, "_state", wrong)
+    monkeypatch.setattr(module, "_state", wrong)
     assert flatten() == 5
     assert "nothing was written" in capsys.readouterr().err
     assert not Path("b.safetensors").exists()

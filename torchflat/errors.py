@@ -1,8 +1,8 @@
 """What can be wrong with the input, as exceptions whose message names the cure.
 
 Each class stands for one kind of fault and carries the exit code that the command line returns for it
-(2: how it was called; 3: what it was given; 5: a verification failed). They derive from the built-in exception a caller would expect,
-so that ``except ValueError`` in an existing program keeps working.
+(2: how it was called; 3: what it was given; 5: a verification failed). They derive from the built-in exception a
+caller would expect, so that ``except ValueError`` in an existing program keeps working.
 """
 
 from __future__ import annotations

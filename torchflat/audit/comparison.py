@@ -92,7 +92,8 @@ def compare_checkpoints(
             progress({"first": "A", "second": "B"}[which], f"within {radius:.3g} the loss changes by {value:.3g}", None)
 
     with team.interrupted_together():
-        points, moved = (f, g), []
+        points: tuple[Objective, Objective] = (f, g)
+        moved: list[str] = []
         if options.symmetry:
             points, moved = _flattest(tasks, models, data, points, options)
         answer = compare(

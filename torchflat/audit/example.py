@@ -35,7 +35,9 @@ def example_input(task: Task, model: nn.Module, data: Any) -> tuple[Any, ...] | 
             with random_states_kept():
                 return _taken(as_batches(data).first(ROWS), model)
         except DataError as error:
-            raise UsageError(f"what the model takes cannot be told from the data ({error}): set Task.example_input") from error
+            raise UsageError(
+                f"what the model takes cannot be told from the data ({error}): set Task.example_input"
+            ) from error
     if isinstance(example, dict):
         return dict(_like(example, model))
     return tuple(_like(example if isinstance(example, tuple | list) else (example,), model))

@@ -53,8 +53,8 @@ def coupling_row(coupling: Coupling, tensors: Mapping[str, Tensor]) -> dict[str,
     """Return how unbalanced a coupling is: Σ|C|/(|writers|² + |readers|²), from 0, balanced, to 1, one-sided.
 
     ``ratios`` are quantiles over channels of |writers|/|readers|: least, quarters, largest. For a full coupling the
-    channels are the eigenvectors of C, so that all ratios are 1 exactly where C is 0. ``degenerate`` counts the channels
-    in which one side, or both, vanish: they have no ratio, and nothing can be traded there.
+    channels are the eigenvectors of C, so that all ratios are 1 exactly where C is 0. ``degenerate`` counts the
+    channels in which one side, or both, vanish: they have no ratio, and nothing can be traded there.
     """
     writers, readers = _side(coupling, tensors, 1), _side(coupling, tensors, -1)
     if coupling.kind == "full":

@@ -59,8 +59,8 @@ def laws_sentences(laws: Mapping[str, Any] | None) -> Iterator[str]:
         yield "No rescaling of its parameters leaves the function of this network as it is."
     else:
         known = [row for row in rows if row["imbalance"] is not None]
-        numbers = sum(row["laws"] for row in rows)
-        said = f"{_many(numbers, 'number is', 'numbers are')} conserved along gradient flow, in {_many(len(rows), 'coupling')}"
+        numbers = _many(sum(row["laws"] for row in rows), "number is", "numbers are")
+        said = f"{numbers} conserved along gradient flow, in {_many(len(rows), 'coupling')}"
         if known:
             worst = max(known, key=lambda row: row["imbalance"])
             said += f"; the least balanced is {worst['name']}, at {number(worst['imbalance'], 2)} of 1"
@@ -90,7 +90,7 @@ def law_rows(laws: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str, str,
     yield "law", "kind", "channels", "laws", "imbalance", "|writers|/|readers|"
     for row in laws["couplings"]:
         *cells, between, degenerate = coupling_cells(row)
-        yield (row["name"], *cells, f"{between}; {degenerate} degenerate" if degenerate else between)  # type: ignore[misc]
+        yield (row["name"], *cells, f"{between}; {degenerate} degenerate" if degenerate else between)
     for row in laws["linear"]:
         yield row["name"], "linear", "", count(row["laws"]), "", ""
     for row in laws["approximate"]:

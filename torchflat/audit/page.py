@@ -283,8 +283,9 @@ def _orbit_section(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> 
     if laws and laws["couplings"]:
         body += (
             "<p>A coupling is a set of channels whose writers can be scaled up and whose readers down without any "
-            "effect on what the network computes; λ<sub>1</sub> changes. Its imbalance, conserved along gradient flow, "
-            "is 0 where both sides have the same norm in every channel, and 1 where one side is nothing.</p>"
+            "effect on what the network computes; λ<sub>1</sub> changes. The difference of their squared norms is "
+            "conserved along gradient flow in every channel. The imbalance is its size relative to their sum: 0 where "
+            "both sides have the same norm, 1 where one of them vanishes.</p>"
         )
     if "balance" in pictures:
         alt = "Ratio of the norms of writers and readers over the channels of each coupling, and its imbalance."
@@ -295,9 +296,10 @@ def _orbit_section(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> 
             ("coupling", ""), ("kind", ""), ("channels", "n"), ("laws", "n"), ("imbalance", "n"),
             ("|writers|/|readers|", "n"), ("degenerate", "n"),
         ]  # fmt: skip
-        rows = []
+        shown = len(heads) if any(row["degenerate"] for row in laws["couplings"]) else len(heads) - 1
+        heads, rows = heads[:shown], []
         for row in laws["couplings"]:
-            kind, *cells = coupling_cells(row)
+            kind, *cells = coupling_cells(row)[: shown - 1]
             numbers = "".join(markup.cell(markup.typeset(cell), "n") for cell in cells)
             rows.append(markup.row_header(row["name"], code=True) + markup.cell(kind) + numbers)
         body += markup.table(heads, rows)

@@ -23,7 +23,7 @@ __all__ = ["Laws"]
 
 @dataclasses.dataclass(frozen=True)
 class Laws:
-    """Show the conservation laws of a network: what can be rescaled without changing its function, and how balanced it is.
+    """Show the conservation laws of a network: what can be rescaled without any effect, and how balanced it is.
 
     With no checkpoint and no task, those of the small trained network that ships with torchflat. --task imports and
     runs the code it names.
