@@ -756,7 +756,7 @@ def test_page_shows_every_part_with_numbers_in_the_alternatives_of_the_figures()
         name for name in walk.ids if not name.endswith("-title")
     }
     assert len(walk.alts) == len(figures.FIGURES)
-    numbers = ("3.4673", "minus 0.2131", "3.467", "layers.0.weight", "0.004100 r")
+    numbers = ("3.4673", "minus 0.2131", "3.467", "layers.0.weight", "0.004100 r", "layers.4 → layers.5")
     for alt, said in zip(walk.alts, numbers, strict=True):
         assert said in alt
     for said in (

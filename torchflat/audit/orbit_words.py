@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from decimal import ROUND_FLOOR
 from typing import Any
 
 from torchflat.audit.numerals import confidence, count, number, span
@@ -44,7 +45,7 @@ def _proof(orbit: Mapping[str, Any]) -> str:
             "gauss_newton": "the Gauss–Newton matrix is positive semidefinite",
             "semidefinite": "no negative curvature was found",
         }.get(orbit["proof"] or "", "the curvature is not negative")
-        return f"No rescaling gets below {number(orbit['lower'])}: that is proved with {level}, because {why}."
+        return f"No rescaling gets below {number(orbit['lower'], rounding=ROUND_FLOOR)}: that is proved with {level}, because {why}."
     seen = orbit["negative"]
     part = "" if not seen else f" (down to {number(seen, 2)} λ₁ at the flattest point)"
     return f"That no rescaling gets lower is not proved, because the Hessian has negative curvature{part}."

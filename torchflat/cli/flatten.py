@@ -81,12 +81,13 @@ class Flatten:
 
 def _text(found: dict[str, Any]) -> Iterator[str]:
     orbit = found["orbit"]
+    name = "λ₁" if found["curvature"] == "hessian" else "λ₁ of Gauss–Newton"
     rows = [
         (label, *span(part["value"], part["lower"], part["upper"]))
-        for label, part in (("λ₁ before", orbit["before"]), ("λ₁ after", orbit["after"]))
+        for label, part in ((f"{name} before", orbit["before"]), (f"{name} after", orbit["after"]))
     ]
     yield from table_lines([("", "value", f"interval ({confidence(orbit['confidence'])})"), *rows], right=(1,))
-    yield f"headroom    {number(orbit['headroom'], 3)}"
+    yield f"headroom {number(orbit['headroom'], 3)}"
     yield ""
     for sentence in orbit_sentences(orbit):
         yield from wrapped(sentence, "·")
