@@ -45,7 +45,8 @@ def _proof(orbit: Mapping[str, Any]) -> str:
             "gauss_newton": "the Gauss–Newton matrix is positive semidefinite",
             "semidefinite": "no negative curvature was found",
         }.get(orbit["proof"] or "", "the curvature is not negative")
-        return f"No rescaling gets below {number(orbit['lower'], rounding=ROUND_FLOOR)}: that is proved with {level}, because {why}."
+        lower = number(orbit["lower"], rounding=ROUND_FLOOR)
+        return f"No rescaling gets below {lower}: that is proved with {level}, because {why}."
     seen = orbit["negative"]
     part = "" if not seen else f" (down to {number(seen, 2)} λ₁ at the flattest point)"
     return f"That no rescaling gets lower is not proved, because the Hessian has negative curvature{part}."
