@@ -401,3 +401,56 @@ def test_importing_torchflat_needs_torch_only() -> None:
     # torch itself imports some of these where it finds them.
     extra = loaded("torchflat") - loaded("torch") - set(sys.stdlib_module_names)
     assert extra == {"torchflat"}
+
+
+# ---- laws and the flattest rescaling -------------------------------------------------------------------------------
+
+# f = 2 (ab - 1)² at a = 4, b = ¼: λ₁ = 4 (a² + b²), and λ₁★ = 8.
+UNIT = """
+    def task(branch="false"):
+        class Unit(nn.Sequential):
+            def forward(self, x):
+                return super().forward(x if branch == "false" or x.sum() > 0 else -x)
+        model = Unit(nn.Linear(1, 1, bias=False), nn.ReLU(), nn.Linear(1, 1, bias=False)).double()
+        with torch.no_grad():
+            model[0].weight.fill_(0.25), model[2].weight.fill_(4.0)
+        X = torch.tensor([[1.0], [3**0.5]], dtype=torch.float64)
+        return torchflat.Task(model, F.mse_loss, (X, X))
+    """
+
+
+def test_laws_and_orbit_of_a_unit_and_a_gate_on_the_headroom(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    address = write(place, UNIT)
+    parts = ("--parts", "laws", "orbit")
+    assert run("audit", "--task", address, "-o", "out", *parts, "--fail-on", "orbit.headroom > 10") == 0
+    content = Report.load("out").content
+    (row,) = content["laws"]["couplings"]
+    assert (row["channels"], row["laws"], row["ratios"]) == (1, 1, pytest.approx([1 / 16] * 5))
+    assert row["imbalance"] == pytest.approx((16 - 1 / 16) / (16 + 1 / 16))
+    orbit = content["orbit"]
+    assert orbit["lower"] <= 8 * (1 + 1e-9) and orbit["upper"] >= 8 * (1 - 1e-9) and orbit["status"] == "CONVERGED"
+    assert orbit["headroom"] == pytest.approx((16 + 1 / 16) / 2, rel=1e-2)
+    assert run("audit", "--task", address, "-o", "gated", *parts, "--fail-on", "orbit.headroom > 7") == 1
+    assert "Rescaling alone explains a factor 8.03" in capsys.readouterr().out
+
+
+def test_a_model_that_cannot_be_exported_is_a_note(place: Path) -> None:
+    address = write(place, UNIT)
+    flags = ("--task-option", "branch=true", "--parts", "sharpness", "laws", "orbit")
+    assert run("audit", "--task", address, "-o", "out", *flags) == 0
+    content = Report.load("out").content
+    assert content["status"] == "complete" and not {"laws", "orbit"} & content.keys()
+    assert any("the laws could not be found: torch.export" in note for note in content["provenance"]["notes"])
+
+
+def test_laws_are_taken_over_on_resume(place: Path) -> None:
+    address = write(place, UNIT)
+    assert run("audit", "--task", address, "-o", "out", "--parts", "laws", "orbit") == 0
+    report = json.loads(Path("out/report.json").read_text())
+    del report["orbit"]
+    report["status"] = "partial"
+    report["laws"]["couplings"][0]["name"] = "as it was"
+    Path("out/report.json").write_text(json.dumps(report))
+    assert run("audit", "--task", address, "-o", "out", "--parts", "laws", "orbit", "--resume") == 0
+    content = Report.load("out").content
+    assert content["laws"]["couplings"][0]["name"] == "as it was" and content["orbit"]["status"] == "CONVERGED"

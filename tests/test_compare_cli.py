@@ -322,3 +322,15 @@ def test_words_name_the_points() -> None:
     ]
     said = "the loss is 1 at the first point and 2 at the second"
     assert named(said) == "the loss is 1 at A and 2 at B"
+
+
+def test_symmetry_compares_the_flattest_of_each_orbit(place: Path) -> None:
+    # Both compute x ↦ x; without symmetry the second is sharper.
+    files = ("flat.safetensors", "sharp.safetensors", "--task", "task.py:task")
+    assert run("compare", *files, "--symmetry", "-o", "out") == 0
+    found = content("out")
+    assert found["verdict"] == "EQUIVALENT"
+    assert any("A was rescaled" in note for note in found["provenance"]["notes"])
+    assert found["second"]["parameter_norm"] == pytest.approx(2**0.5, rel=1e-2)
+    assert run("compare", *files, "-o", "plain") == 0
+    assert content("plain")["verdict"] == "FLATTER"

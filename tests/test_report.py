@@ -90,6 +90,32 @@ def flatness_profile() -> dict[str, Any]:
     }
 
 
+def conservation_laws() -> dict[str, Any]:
+    """Five couplings, each less balanced than the one before it, and one law of every other kind."""
+    couplings = [
+        {
+            "name": f"layers.{layer} → layers.{layer + 1}",
+            "kind": "diagonal",
+            "channels": 784,
+            "laws": 784,
+            "imbalance": 0.1 + 0.12 * layer,
+            "writers": 21.0,
+            "readers": 18.0,
+            "ratios": [0.2 * 0.8**layer, 0.7, 1.1, 1.6, 3.0 * 1.5**layer],
+            "degenerate": layer,
+        }
+        for layer in range(LAYERS - 1)
+    ]
+    return {
+        "mode": "eval",
+        "couplings": couplings,
+        "linear": [{"name": "Σ layers.5", "laws": 784}],
+        "approximate": [{**couplings[0], "name": "norm → head", "residual": 3e-6}],
+        "dropped": [{"name": "a → b", "residual": 0.2}],
+        "unknown": [{"place": "fft", "operator": "aten.fft_rfft"}],
+    }
+
+
 def fake_report() -> dict[str, Any]:
     """The audit of a six-layer denoiser, as the numbers of a real one are."""
     top = [3.4673, 3.4308, 2.911, 2.2043, 1.8077, 1.402, 1.2251, 0.991]
@@ -207,6 +233,24 @@ def fake_report() -> dict[str, Any]:
             "cost": cost(120, 101.5),
         },
         "variation": flatness_profile(),
+        "laws": conservation_laws(),
+        "orbit": {
+            "value": 1.2041,
+            "lower": None,
+            "upper": 1.2063,
+            "confidence": 0.99,
+            "status": "UNCERTIFIED",
+            "proof": None,
+            "headroom": 2.8796,
+            "negative": -0.041,
+            "attained": True,
+            "before": {"value": 3.4673, "lower": 3.46602, "upper": 3.47091},
+            "after": {"value": 1.2041, "lower": 1.2040, "upper": 1.2063},
+            "largest_log_scale": 1.31,
+            "max_log_scale": 8.0,
+            "frozen": [{"name": "layers.3 → layers.4", "reason": "channel 7: nothing reads it"}],
+            "cost": cost(40, 38.0),
+        },
         "cost": {**cost(447, 326.1), "peak_memory_bytes": 1_610_612_736},
     }
 
@@ -214,7 +258,7 @@ def fake_report() -> dict[str, Any]:
 def partial_report() -> dict[str, Any]:
     """The same audit, interrupted while λ₁ was being measured: no upper bound yet, and nothing else has run."""
     report = fake_report()
-    for key in ("eigenvalues", "trace", "density", "blocks", "variation"):
+    for key in ("eigenvalues", "trace", "density", "blocks", "variation", "laws", "orbit"):
         del report[key]
     sharpness = report["sharpness"]
     sharpness.update(value=2.91, lower=2.9, upper=None, status="INTERRUPTED", history=sharpness["history"][:4])
@@ -297,6 +341,9 @@ def zero_report() -> dict[str, Any]:
     report["variation"].update(values=[0.0] * 8, slopes=[0.0] * 8, floor=[0.0] * 8, order=None, level=0.0)
     report["variation"].update(curvature_radius=None, doubling_radius=None, disagreements=[None] * 7)
     report["blocks"]["rows"] = [{"name": "w", "parameters": 1, **nothing, "status": "BUDGET"}]
+    for row in report["laws"]["couplings"]:
+        row.update(imbalance=None, writers=0.0, readers=0.0, ratios=None, degenerate=row["channels"])
+    report["orbit"].update(value=0.0, upper=1e-9, before=nothing, after=nothing, headroom=1.0, negative=0.0)
     return report
 
 
@@ -327,6 +374,16 @@ def unknown_report() -> dict[str, Any]:
 
     report = emptied(report)
     report["density"]["exact"] = []
+    laws = fake_report()["laws"]
+    report["laws"] = {
+        key: [
+            {**row, **dict.fromkeys(row.keys() - {"name", "kind", "channels", "laws", "place", "operator"})}
+            for row in rows
+        ]
+        for key, rows in laws.items()
+        if key != "mode"
+    }
+    report["orbit"]["frozen"] = []
     return report
 
 
@@ -695,11 +752,11 @@ def test_page_is_well_formed_and_fetches_nothing(variant: str) -> None:
 
 def test_page_shows_every_part_with_numbers_in_the_alternatives_of_the_figures() -> None:
     walk = Walk(saved("complete")["report.html"].decode())
-    assert {"spectrum", "density", "trace", "blocks", "variation", "cost", "notes", "provenance"} == {
+    assert {"spectrum", "density", "trace", "blocks", "variation", "orbit", "cost", "notes", "provenance"} == {
         name for name in walk.ids if not name.endswith("-title")
     }
     assert len(walk.alts) == len(figures.FIGURES)
-    numbers = ("3.4673", "minus 0.2131", "3.467", "layers.0.weight", "0.004100 r")
+    numbers = ("3.4673", "minus 0.2131", "3.467", "layers.0.weight", "0.004100 r", "layers.4 → layers.5")
     for alt, said in zip(walk.alts, numbers, strict=True):
         assert said in alt
     for said in (
@@ -748,6 +805,24 @@ def test_page_escapes_all_that_is_not_its_own() -> None:
         assert "alert(1)" in walk.text
 
 
+def test_the_orbit_is_told_in_words_in_text_and_page() -> None:
+    report = fake_report()
+    said = " ".join(Report(report).text().split())
+    shown = " ".join(Walk(saved("complete")["report.html"].decode()).text.split())
+    for needle in (
+        "Rescaling alone explains a factor 2.88 of this sharpness",
+        "is not proved",
+        "channel 7: nothing reads it",
+    ):
+        assert needle in said.replace("· ", "") and needle in shown
+    assert "There is no rule for aten.fft_rfft (at fft)" in said
+    report["orbit"].update(lower=1.19, proof="gauss_newton", status="CONVERGED", headroom=1.002)
+    said = " ".join(Report(report).text().split())
+    assert "next to nothing" in said and "No rescaling gets below 1.190: that is proved with 99 %" in said
+    report["orbit"].update(attained=False)
+    assert "the least may lie beyond, or at infinity" in " ".join(Report(report).text().split())
+
+
 def test_trajectory_page_has_a_row_for_each_checkpoint() -> None:
     first = fake_report()
     first["provenance"]["checkpoint"]["path"] = "runs/epoch-01.safetensors"
@@ -764,7 +839,7 @@ def test_trajectory_page_has_a_row_for_each_checkpoint() -> None:
 def test_only_the_parts_that_are_present_are_drawn() -> None:
     drawn = {variant: [name for name in figures.FIGURES if f"{name}.png" in saved(variant)] for variant in VARIANTS}
     everything = ["convergence", "eigenvalues", "density", "blocks"]
-    assert drawn["complete"] == drawn["tiny"] == drawn["flat"] == [*everything, "profile"]
+    assert drawn["complete"] == drawn["tiny"] == drawn["flat"] == [*everything, "profile", "balance"]
     # A logarithmic scale has no place for zeros.
     assert drawn["zero"] == everything
     assert drawn["partial"] == ["convergence"]

@@ -1,8 +1,8 @@
 """What can be wrong with the input, as exceptions whose message names the cure.
 
 Each class stands for one kind of fault and carries the exit code that the command line returns for it
-(2: how it was called; 3: what it was given). They derive from the built-in exception a caller would expect,
-so that ``except ValueError`` in an existing program keeps working.
+(2: how it was called; 3: what it was given; 5: a verification failed). They derive from the built-in exception a
+caller would expect, so that ``except ValueError`` in an existing program keeps working.
 """
 
 from __future__ import annotations
@@ -41,6 +41,12 @@ class NonFiniteError(TorchflatError, ArithmeticError):
 
 class ReproducibilityError(TorchflatError, RuntimeError):
     """Two evaluations at the same point on the same rows differ: the model or its data is random."""
+
+
+class VerificationError(TorchflatError, ArithmeticError):
+    """What was computed does not pass the check that comes before it is handed out."""
+
+    exit_code = 5
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

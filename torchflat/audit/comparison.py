@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,15 +15,21 @@ from torch import nn
 from torchflat import ops
 from torchflat.audit.checkpoint import Checkpoint
 from torchflat.audit.comparison_report import ComparisonReport
+from torchflat.audit.numerals import number
 from torchflat.audit.options import CompareOptions
+from torchflat.audit.orbit import find_laws
 from torchflat.audit.profile import profile_part
 from torchflat.audit.run import Progress
 from torchflat.audit.subject import load_weights, objective, peak_memory, picked, provenance
 from torchflat.audit.task import Task, load_task
 from torchflat.distributed import Team
 from torchflat.errors import UsageError
-from torchflat.flatness import Comparison, Variation, compare
+from torchflat.flatness import Variation, compare
 from torchflat.objective import Objective
+from torchflat.result import Cost, Status
+from torchflat.spectrum import NotConvergedWarning
+from torchflat.symmetry import Flattest
+from torchflat.symmetry.flattened import flattened
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -85,9 +92,12 @@ def compare_checkpoints(
             progress({"first": "A", "second": "B"}[which], f"within {radius:.3g} the loss changes by {value:.3g}", None)
 
     with team.interrupted_together():
+        points: tuple[Objective, Objective] = (f, g)
+        moved: list[str] = []
+        if options.symmetry:
+            points, moved = _flattest(tasks, models, data, points, options)
         answer = compare(
-            f,
-            g,
+            *points,
             radii=options.radii,
             tolerance=options.tolerance,
             confidence=options.confidence,
@@ -98,6 +108,7 @@ def compare_checkpoints(
     source = {**provenance(tasks[0], None, f, options, command), **f.provenance()}
     notes = [f"{name}: {note}" for name, file in zip("AB", loaded, strict=True) if file for note in file.notes]
     source["notes"] = list(dict.fromkeys([*notes, "the models were compared in eval mode", *f.provenance()["notes"]]))
+    source["notes"] += moved
     if options.rows is not None:
         source["notes"].append(f"a random subset of {f.rows} rows was used: all numbers are about these rows")
     content = {
@@ -105,9 +116,9 @@ def compare_checkpoints(
         "provenance": source,
         **picked(answer, *KEYS),
         "confidence": options.confidence,
-        "first": _side(tasks[0], loaded[0], f, answer.first),
-        "second": _side(tasks[1], loaded[1], g, answer.second),
-        "cost": _cost(answer, time.monotonic() - started),
+        "first": _side(tasks[0], loaded[0], points[0], answer.first),
+        "second": _side(tasks[1], loaded[1], points[1], answer.second),
+        "cost": _cost(f.cost + g.cost, time.monotonic() - started),
     }
     return ComparisonReport(content).validate()
 
@@ -137,5 +148,33 @@ def _side(task: Task, checkpoint: Checkpoint | None, f: Objective, found: Variat
     }
 
 
-def _cost(answer: Comparison, seconds: float) -> dict[str, Any]:
-    return {**answer.cost.to_dict(), "seconds": seconds, "peak_memory_bytes": peak_memory()}
+def _flattest(
+    tasks: Sequence[Task],
+    models: Sequence[nn.Module],
+    data: Sequence[Any],
+    points: tuple[Objective, Objective],
+    options: CompareOptions,
+) -> tuple[tuple[Objective, Objective], list[str]]:
+    """Take both points to the flattest of their orbits, and say by how much λ₁ fell."""
+    notes: list[str] = []
+
+    def told(name: str) -> Callable[[Flattest], None]:
+        def said(found: Flattest) -> None:
+            before, after = number(found.before.value), number(found.value)
+            notes.append(f"{name} was rescaled to the flattest network that computes the same: λ₁ {before} → {after}")
+            if found.status is Status.BUDGET:
+                notes.append(f"the flattest rescaling of {name}: {found.status.value}")
+
+        return said
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotConvergedWarning)
+        a, b = (
+            flattened(find_laws(task, model, rows), told(name), confidence=options.confidence, seed=options.seed)(f)
+            for name, task, model, rows, f in zip("AB", tasks, models, data, points, strict=True)
+        )
+    return (a, b), notes
+
+
+def _cost(cost: Cost, seconds: float) -> dict[str, Any]:
+    return {**cost.to_dict(), "seconds": seconds, "peak_memory_bytes": peak_memory()}

@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from torchflat.audit.drawing import BLUE, GREEN, GREY, INK, ORANGE, logarithmic, nan, panels, png
 from torchflat.audit.numerals import shorten
+from torchflat.audit.orbit_figures import balance, drawable
 from torchflat.audit.profile_figures import profile
 from torchflat.audit.report import eigenvalue_name
 
@@ -34,8 +35,9 @@ def draw(report: Mapping[str, Any]) -> dict[str, Figure]:
         "density": report.get("density", {}).get("density", []),
         "blocks": [row["value"] for row in report.get("blocks", {}).get("rows", [])],
         "profile": [value or None for value in report.get("variation", {}).get("values", [])],
+        "balance": [row["imbalance"] for row in drawable(report.get("laws", {}))],
     }
-    least = {"convergence": 2, "eigenvalues": 1, "density": 2, "blocks": 1, "profile": 2}
+    least = {"convergence": 2, "eigenvalues": 1, "density": 2, "blocks": 1, "profile": 2, "balance": 1}
     known = {name: sum(value is not None for value in values) for name, values in points.items()}
     return {name: figure(report) for name, figure in FIGURES.items() if known[name] >= least[name]}
 
@@ -252,4 +254,5 @@ FIGURES: dict[str, Callable[[Mapping[str, Any]], Figure]] = {
     "density": density,
     "blocks": blocks,
     "profile": profile,
+    "balance": balance,
 }

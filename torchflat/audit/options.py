@@ -10,9 +10,9 @@ import torch
 
 from torchflat.errors import UsageError
 
-__all__ = ["PARTS", "CompareOptions", "Options", "Setting", "parse_duration"]
+__all__ = ["PARTS", "CompareOptions", "FlattenOptions", "Options", "Setting", "parse_duration"]
 
-Part = Literal["sharpness", "eigenvalues", "trace", "density", "blocks", "variation"]
+Part = Literal["sharpness", "eigenvalues", "trace", "density", "blocks", "variation", "laws", "orbit"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 _SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -107,11 +107,31 @@ class CompareOptions(Setting):
     """Distances from the points to compare at. Default: the range that suits both."""
     gradients: float | None = None
     """Gradients for the search at each point. Default: 200, or 20,000 where there are 1,000 parameters at most."""
+    symmetry: bool = False
+    """Compare the flattest networks that compute what A and B compute, by rescaling."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.tolerance < 1 or not 0 < self.confidence < 1:
             raise UsageError(f"tolerance={self.tolerance}, confidence={self.confidence}: both must lie between 0 and 1")
+        _check_gradients(self.gradients)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlattenOptions(Setting):
+    """How the flattest network that computes the same function is looked for."""
+
+    rtol: float = 1e-2
+    """How near λ₁ is to be to the least, relative to it."""
+    confidence: float = 0.99
+    """Probability with which intervals hold, over the random starts."""
+    curvature: Literal["hessian", "gauss_newton"] = "hessian"
+    """Whose λ₁; the Gauss–Newton matrix is positive semidefinite, so that the least can be proved."""
+    gradients: float = 400.0
+    """Budget in gradients over all the data."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         _check_gradients(self.gradients)
 
 

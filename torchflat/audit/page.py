@@ -14,6 +14,7 @@ from typing import Any
 
 from torchflat.audit import markup
 from torchflat.audit.numerals import confidence, count, duration, memory, share
+from torchflat.audit.orbit_words import coupling_cells, laws_sentences, orbit_sentences
 from torchflat.audit.profile_words import profile_sentences
 from torchflat.audit.report import PARTS, notes_of, plan_sentence
 from torchflat.result import Status
@@ -276,6 +277,40 @@ def _profile_section(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -
     return markup.section("variation", "Flatness profile", body + f"<p>{markup.ending(part)}</p>")
 
 
+def _orbit_section(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
+    orbit, laws = report.get("orbit"), report.get("laws")
+    body = _paragraph(orbit_sentences(orbit))
+    if laws and laws["couplings"]:
+        body += (
+            "<p>A coupling is a set of channels whose writers can be scaled up and whose readers down without any "
+            "effect on what the network computes; λ<sub>1</sub> changes. The difference of their squared norms is "
+            "conserved along gradient flow in every channel. The imbalance is its size relative to their sum: 0 where "
+            "both sides have the same norm, 1 where one of them vanishes.</p>"
+        )
+    if "balance" in pictures:
+        alt = "Ratio of the norms of writers and readers over the channels of each coupling, and its imbalance."
+        body += markup.figure(pictures["balance"], f"{alt} {' '.join(laws_sentences(laws))}")
+    body += _paragraph(laws_sentences(laws))
+    if laws and laws["couplings"]:
+        heads = [
+            ("coupling", ""), ("kind", ""), ("channels", "n"), ("laws", "n"), ("imbalance", "n"),
+            ("|writers|/|readers|", "n"), ("degenerate", "n"),
+        ]  # fmt: skip
+        shown = len(heads) if any(row["degenerate"] for row in laws["couplings"]) else len(heads) - 1
+        heads, rows = heads[:shown], []
+        for row in laws["couplings"]:
+            kind, *cells = coupling_cells(row)[: shown - 1]
+            numbers = "".join(markup.cell(markup.typeset(cell), "n") for cell in cells)
+            rows.append(markup.row_header(row["name"], code=True) + markup.cell(kind) + numbers)
+        body += markup.table(heads, rows)
+    return markup.section("orbit", "What rescaling hides", body + (f"<p>{markup.ending(orbit)}</p>" if orbit else ""))
+
+
+def _paragraph(sentences: Iterable[str]) -> str:
+    said = " ".join(map(markup.prose, sentences))
+    return f"<p>{said}</p>" if said else ""
+
+
 def _cost_section(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     costs = [(name, report[key]["cost"]) for key, name in PARTS.items() if "cost" in report.get(key, {})]
     total = report.get("cost", {})
@@ -333,6 +368,7 @@ SECTIONS = (
     _trace_section,
     _blocks_section,
     _profile_section,
+    _orbit_section,
     _cost_section,
     _notes_section,
     provenance_section,

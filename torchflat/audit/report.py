@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torchflat.audit.numerals import (
     shorten,
     span,
 )
+from torchflat.audit.orbit_words import coupling_cells, laws_sentences, orbit_sentences
 from torchflat.audit.profile_words import profile_sentences
 from torchflat.errors import UsageError
 from torchflat.result import Status
@@ -34,7 +36,7 @@ WIDTH = 80
 BLOCKS_IN_TEXT = 12
 PARTS = {
     "sharpness": "λ₁", "eigenvalues": "eigenvalues", "trace": "trace", "density": "density", "blocks": "blocks",
-    "variation": "flatness profile",
+    "variation": "flatness profile", "laws": "laws", "orbit": "λ₁★",
 }  # fmt: skip
 # Lists of a part that have one entry for each of the same things.
 _PARALLEL = {
@@ -254,6 +256,8 @@ def _measured(report: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any
             yield label, pair, pairs["confidence"], pairs["status"]
     if trace:
         yield "trace", trace, trace["confidence"], trace["status"]
+    if orbit := report.get("orbit"):
+        yield "λ₁★ rescaled", orbit, orbit["confidence"], orbit["status"]
 
 
 def _blocks_text(report: Mapping[str, Any]) -> Iterator[str]:
@@ -279,10 +283,27 @@ def _blocks_text(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _profile_text(report: Mapping[str, Any]) -> Iterator[str]:
-    sentences = list(profile_sentences(report))
-    if sentences:
+    yield from _sentences_text(profile_sentences(report))
+
+
+def _orbit_text(report: Mapping[str, Any]) -> Iterator[str]:
+    laws = report.get("laws")
+    if laws and laws["couplings"]:
+        ranked = sorted(laws["couplings"], key=lambda row: -(row["imbalance"] or 0))
+        head = ("coupling", "kind", "channels", "laws", "imbalance", "writers/readers", "dead")
+        rows = [(printable(row["name"]), *coupling_cells(row)) for row in ranked[:BLOCKS_IN_TEXT]]
+        dead = any(row[-1] for row in rows)
         yield ""
-    for sentence in sentences:
+        yield from table_lines([row if dead else row[:-1] for row in (head, *rows)], right=(2, 3, 4, 6))
+        if len(ranked) > len(rows):
+            yield f"… and {count(len(ranked) - len(rows))} more couplings below these"
+    yield from _sentences_text(itertools.chain(orbit_sentences(report.get("orbit")), laws_sentences(laws)))
+
+
+def _sentences_text(sentences: Iterable[str]) -> Iterator[str]:
+    for index, sentence in enumerate(sentences):
+        if index == 0:
+            yield ""
         yield from wrapped(sentence, "·")
 
 
@@ -346,4 +367,4 @@ def plan_sentence(plan: Mapping[str, Any] | None, products: float) -> str:
     return ", ".join(fact for fact in facts if fact)
 
 
-_TEXT_PARTS = (_header_text, _numbers_text, _blocks_text, _profile_text, _notes_text, footer_text)
+_TEXT_PARTS = (_header_text, _numbers_text, _blocks_text, _profile_text, _orbit_text, _notes_text, footer_text)

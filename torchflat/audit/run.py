@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 import warnings
@@ -11,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchflat import ops
 from torchflat.audit.options import Options, parse_duration
+from torchflat.audit.orbit import find_laws, laws_part, orbit_part
 from torchflat.audit.profile import profile_part
 from torchflat.audit.report import Report
 from torchflat.audit.subject import load_weights, objective, peak_memory, picked, provenance
@@ -29,6 +31,7 @@ from torchflat.spectrum.eigenpairs import Eigenpairs, extremal
 from torchflat.spectrum.krylov import Krylov
 from torchflat.spectrum.run import Run
 from torchflat.spectrum.sampling import sampling_interval
+from torchflat.symmetry import Flattest, Laws, flattest
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -103,7 +106,7 @@ def audit(
         loaded = load_weights(checkpoint, model, options)
     f = objective(task, model, data, options, group)
     source = provenance(task, loaded, f, options, command)
-    work = _Audit(f, options, source, progress, started)
+    work = _Audit(f, options, source, progress, started, lambda: find_laws(task, model, data), model)
     if resume is not None:
         work.take_over(resume)
     try:
@@ -120,10 +123,18 @@ class _Audit:
     """The state that the parts share."""
 
     def __init__(
-        self, f: Objective, options: Options, provenance: dict[str, Any], progress: Progress | None, started: float
+        self,
+        f: Objective,
+        options: Options,
+        provenance: dict[str, Any],
+        progress: Progress | None,
+        started: float,
+        find: Callable[[], Laws],
+        model: nn.Module,
     ) -> None:
         self.f, self.options, self.provenance, self.progress = f, options, provenance, progress
-        self.started = started
+        self.started, self.model = started, model
+        self.find = functools.cache(find)
         self.notes: list[str] = list(provenance["notes"])
         self.content: dict[str, Any] = {}
         self.skipped: list[str] = []
@@ -137,7 +148,7 @@ class _Audit:
 
     def run(self) -> None:
         """Every part that was asked for and is not there yet, in an order in which each helps the next."""
-        parts: Mapping[str, Callable[[], dict[str, Any]]] = {
+        parts: Mapping[str, Callable[[], dict[str, Any] | None]] = {
             "point": self._point,
             "sharpness": self._sharpness,
             "eigenvalues": self._eigenvalues,
@@ -145,6 +156,8 @@ class _Audit:
             "density": self._density,
             "blocks": self._blocks,
             "variation": self._variation,
+            "laws": self._laws,
+            "orbit": self._orbit,
         }
         wanted = ["point", *(part for part in parts if part in self.options.parts)]
         for part in wanted:
@@ -158,7 +171,9 @@ class _Audit:
             left = self.deadline - time.monotonic()
             self._part = part
             self._part_deadline = time.monotonic() + (left if part == wanted[-1] else SHARE * left)
-            self.content[part] = parts[part]()
+            found = parts[part]()
+            if found is not None:
+                self.content[part] = found
             if part != "sharpness" and self.krylov is not None:
                 self.krylov.release()
 
@@ -188,10 +203,10 @@ class _Audit:
         ):
             if old != new:
                 raise UsageError(f"cannot resume: the {what} was {old!r} and is {new!r} now; audit into a new folder")
-        finished = {"CONVERGED", "ROUNDING_LIMITED", "NOT_CERTIFIED", "INCONSISTENT", "TRUNCATED"}
+        finished = {"CONVERGED", "ROUNDING_LIMITED", "NOT_CERTIFIED", "INCONSISTENT", "TRUNCATED", "UNCERTIFIED"}
         for part in ("point", *self.options.parts):
             held = earlier.content.get(part)
-            if held is not None and (part == "point" or held["status"] in finished):
+            if held is not None and held.get("status", "CONVERGED") in finished:
                 self.content[part] = held
         self.notes.append(f"resumed; taken over: {', '.join(self.content) or 'nothing'}")
 
@@ -310,6 +325,30 @@ class _Audit:
 
         answer = variation(self.f, seed=self.options.seed, budget=self.options.gradients, callback=told)
         return profile_part(answer, self.content.get("sharpness", {}).get("value"))
+
+    def _laws(self) -> dict[str, Any] | None:
+        self._tell("units on the graph")
+        return self._unless_refused("the laws", lambda: laws_part(self.find(), self.model))
+
+    def _orbit(self) -> dict[str, Any] | None:
+        def told(found: Mapping[str, float]) -> bool:
+            return self.f.team.anywhere(lambda: self._tell(f"λ₁ is {found['value']:.4g} after rescaling"))
+
+        def answer() -> Flattest:
+            laws, options = self.find(), self.options
+            return flattest(
+                self.f, laws, rtol=options.rtol, confidence=options.confidence, seed=options.seed, callback=told
+            )
+
+        return self._unless_refused("λ₁★", lambda: orbit_part(answer()))
+
+    def _unless_refused(self, what: str, part: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+        """Return the part, or make it a note that this model or objective has none: the rest of the audit has use."""
+        try:
+            return part()
+        except UsageError as error:
+            self.notes.append(f"{what} could not be found: {error}")
+            return None
 
 
 def _pairs(answer: Eigenpairs) -> list[dict[str, Any]]:

@@ -50,7 +50,8 @@ class Task:
         params: names or patterns of the parameters to audit; by default those that require grad.
         weight_decay: adds (weight_decay / 2) |x|^2 to the objective.
         name, description: for the report.
-        example_input: one input for the model, for the laws of conservation; by default the first batch's.
+        example_input: what the model is called with, for its conservation laws: a tensor, a tuple, or a dict of
+            keywords; by default from the first batch of the data.
 
     Raises:
         UsageError: a field is not what it must be.

@@ -26,6 +26,8 @@ INTERRUPTED = 130
 COMMANDS = {
     "audit": ("Audit", "measure how sharp a checkpoint is, and write a report"),
     "compare": ("Compare", "say which of two checkpoints is flatter"),
+    "laws": ("Laws", "show which rescalings leave a network's function as it is"),
+    "flatten": ("Flatten", "write the flattest network that computes the same function"),
     "selftest": ("Selftest", "check this installation on problems with known answers"),
     "doctor": ("Doctor", "show what this installation has, and what it lacks"),
 }
@@ -34,7 +36,7 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (default: the process's own), and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments[:1] in (["audit"], ["compare"]):
+    if arguments[:1] in (["audit"], ["compare"], ["flatten"]):
         with joined():
             return _run(arguments)
     return _run(arguments)

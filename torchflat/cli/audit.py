@@ -18,10 +18,10 @@ from torchflat.audit.checkpoint import find_checkpoints
 from torchflat.audit.options import Options
 from torchflat.audit.report import Report
 from torchflat.audit.run import Interrupted, audit
-from torchflat.audit.task import Task, load_task
-from torchflat.cli.flags import key_values
+from torchflat.audit.task import Task
 from torchflat.cli.folder import claim, discard_if_empty, fresh, latest_partial, write_text
 from torchflat.cli.progress import Bars, say
+from torchflat.cli.subject import named
 from torchflat.distributed import Team
 from torchflat.errors import UsageError
 
@@ -78,18 +78,7 @@ class Audit:
     def _request(self) -> tuple[Sequence[gates.Gate], Task, str | None, Sequence[Path]]:
         """Return the gates, the task, the checkpoint, and the files in it if it is a folder."""
         conditions = [gates.parse(gate) for gate in self.fail_on]
-        task_name = self.task or ("digits" if self.checkpoint is None else None)
-        if task_name is None:
-            raise UsageError(
-                "a checkpoint holds weights only: name its model, loss and data with --task file.py:function "
-                "(torchflat audit --help)"
-            )
-        task = load_task(task_name, key_values(self.task_option, "--task-option"))
-        checkpoint = self.checkpoint
-        if checkpoint is None and self.task is None:
-            from torchflat.data import sample_checkpoint
-
-            checkpoint = str(sample_checkpoint())
+        task, checkpoint = named(self.task, self.task_option, self.checkpoint, "audit")
         files = find_checkpoints(checkpoint) if checkpoint is not None and Path(checkpoint).is_dir() else []
         return conditions, task, checkpoint, files
 
@@ -195,8 +184,8 @@ def _exit_code(report: Report, conditions: Sequence[gates.Gate]) -> int:
 
 
 def _inconclusive(part: dict[str, Any]) -> bool:
-    # The last two are findings about the loss: no budget would change them.
-    return part.get("status", "CONVERGED") not in ("CONVERGED", "INCONSISTENT", "TRUNCATED")
+    # The last three are findings about the loss: no budget would change them.
+    return part.get("status", "CONVERGED") not in ("CONVERGED", "INCONSISTENT", "TRUNCATED", "UNCERTIFIED")
 
 
 def _finished(folder: Path) -> Report | None:

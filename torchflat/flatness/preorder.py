@@ -81,7 +81,7 @@ def compare(
         f: one objective, at its point.
         g: the same function at another point; or another model on the same data and loss, with a caution.
         symmetry: takes each objective to the point of its orbit that is to be compared (:meth:`Objective.at`), such as
-            the flattest.
+            the flattest: ``torchflat.symmetry.flattened(laws)``.
         radii: where to compare; by default on the range that is sensible for both.
         tolerance: relative difference of the profiles that counts as none.
         confidence: with which the chance in the data does not make the difference.

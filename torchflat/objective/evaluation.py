@@ -18,7 +18,7 @@ from torchflat.errors import DataError, LossError, TorchflatError, UsageError
 from torchflat.objective.batches import describe, map_tensors, row_count
 from torchflat.objective.state import modules_kept, plain_autograd, random_states_kept
 
-__all__ = ["FunctionTerm", "ModelTerm", "Term", "first_line", "note", "out_of_memory", "unwrapped"]
+__all__ = ["FunctionTerm", "ModelTerm", "Term", "first_line", "inputs_and_target", "note", "out_of_memory", "unwrapped"]
 
 # What makes loss sum and weight of (output -> loss sum and weight, output).
 OutputModel = Callable[[Callable[[Any], tuple[Tensor, float]], Any], tuple[Tensor, float]]
@@ -242,7 +242,7 @@ class _Call(nn.Module):
         return what(batch)
 
     def output_and_target(self, batch: Any) -> tuple[Any, Any]:
-        inputs, keywords, target = _inputs_and_target(batch)
+        inputs, keywords, target = inputs_and_target(batch)
         output = self.model(*inputs, **keywords)
         if not isinstance(output, Tensor) and isinstance(getattr(output, "logits", None), Tensor):
             output = output.logits
@@ -274,7 +274,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def _inputs_and_target(batch: Any) -> tuple[Sequence[Any], Mapping[str, Any], Any]:
+def inputs_and_target(batch: Any) -> tuple[Sequence[Any], Mapping[str, Any], Any]:
+    """Take a batch apart: positional inputs of the model, its keyword inputs, and the target of the loss.
+
+    Raises:
+        DataError: it is neither a pair nor a dict with a target.
+    """
     if isinstance(batch, Mapping):
         keys = [key for key in TARGET_KEYS if key in batch]
         if not keys:

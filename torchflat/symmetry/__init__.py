@@ -4,6 +4,7 @@ from torchflat.symmetry.balance import Balanced, balance
 from torchflat.symmetry.certificate import Certificate
 from torchflat.symmetry.coupling import Coupling, Member
 from torchflat.symmetry.discover import Discovery, LawCount, discover, law_count
+from torchflat.symmetry.flattened import flattened
 from torchflat.symmetry.flattest import Flattest, flattest
 from torchflat.symmetry.flow import Flow, flow
 from torchflat.symmetry.group import Group
@@ -24,6 +25,7 @@ __all__ = [
     "Member",
     "balance",
     "discover",
+    "flattened",
     "flattest",
     "flow",
     "law_count",
