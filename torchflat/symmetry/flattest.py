@@ -319,7 +319,7 @@ class _Search:
             negative=min(0.0, bottom / top) if top > 0 else 0.0,
             recomputed=recomputed,
             before=before,
-            certificate=self._certificate(run.rtol),
+            certificate=self._certificate(value, run.rtol),
             log_scales=self.group.log_scales(self.z),
             state_dict={name: part.detach().clone() for name, part in zip(names, parts, strict=True)},
             frozen=dict(self.group.frozen),
@@ -359,9 +359,11 @@ class _Search:
             return None
         return self.model.bound(self.least, self.power, self.most) - recomputed.floor
 
-    def _certificate(self, rtol: float) -> Certificate:
+    def _certificate(self, value: float, rtol: float) -> Certificate:
         values, coefficients = self.model.eigenpairs(self.z)
         if not len(values):
             return Certificate((), (), self.model.rows, 0.0)
-        chosen = (values >= (1 - rtol) * values[0]).nonzero().reshape(-1)[:CLUSTER]
+        # The model of an indefinite matrix may have larger eigenvalues of its own.
+        distance = ((values.abs() if self.norm else values) - value).abs()
+        chosen = (distance <= max(rtol * abs(value), float(distance.min()))).nonzero().reshape(-1)[:CLUSTER]
         return balanced_mixture(self.group, values[chosen], self.model.vectors(self.z, coefficients[:, chosen]))
