@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import one_line, run
 from safetensors.torch import save_file
 
 from torchflat.audit.report import Report
-from torchflat.cli import main
 
 # Least squares: H = 2 XᵀX / m = diag(2, 8), so that λ₁ = 8, λ_min = 2 and the trace is 10.
 TASK = """
@@ -45,24 +45,6 @@ def write(place: Path, body: str) -> str:
     head = "import torch, torchflat\nfrom torch import nn\nfrom torch.nn import functional as F\n"
     (place / "other.py").write_text(head + textwrap.dedent(body))
     return "other.py:task"
-
-
-def run(*arguments: object) -> int:
-    """The exit code, also where the flag parser leaves by itself."""
-    try:
-        return main([str(argument) for argument in arguments])
-    except SystemExit as leave:
-        return int(leave.code or 0)
-
-
-def one_line(capsys: pytest.CaptureFixture[str], *needles: str) -> None:
-    """What was said on stderr is one clear line that holds these words, and no traceback."""
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    lines = captured.err.strip().splitlines()
-    assert len(lines) == 1, captured.err
-    for needle in needles:
-        assert needle in lines[0]
 
 
 def test_known_answer_in_every_output(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import one_line, run
 from safetensors.torch import save_file
 from torch import nn
 
@@ -21,7 +22,6 @@ from torchflat.audit.comparison_page import comparison_page
 from torchflat.audit.comparison_report import ComparisonReport, named, verdict_words
 from torchflat.audit.comparison_report import schema as comparison_schema
 from torchflat.audit.profile_figures import comparison
-from torchflat.cli import main
 from torchflat.errors import UsageError
 from torchflat.flatness import Verdict
 
@@ -62,23 +62,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save("sharp.safetensors", 2.0, 0.5)
     save("off.safetensors", 1.0, 1.1)
     return tmp_path
-
-
-def run(*arguments: object) -> int:
-    """The exit code, also where the flag parser leaves by itself."""
-    try:
-        return main([str(argument) for argument in arguments])
-    except SystemExit as leave:
-        return int(leave.code or 0)
-
-
-def one_line(capsys: pytest.CaptureFixture[str], *needles: str) -> None:
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    lines = captured.err.strip().splitlines()
-    assert len(lines) == 1, captured.err
-    for needle in needles:
-        assert needle in lines[0]
 
 
 def content(folder: str) -> dict[str, Any]:

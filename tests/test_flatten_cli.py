@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import run
 from safetensors.torch import load_file, save_file
 
 from torchflat.audit.flatten import flatten_checkpoint
-from torchflat.cli import main
 
 # f = 2 (ab - 1)² with two rows, as in the tests of compare: λ₁ = 4 (a² + b²) where ab = 1, and λ₁★ = 8 at a = b = 1.
 TASK = """
@@ -53,14 +53,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         {"2.weight": torch.tensor([[4.0]]).double(), "0.weight": torch.tensor([[0.25]]).double()}, "a.safetensors"
     )
     return tmp_path
-
-
-def run(*arguments: object) -> int:
-    """The exit code, also where the flag parser leaves by itself."""
-    try:
-        return main([str(argument) for argument in arguments])
-    except SystemExit as leave:
-        return int(leave.code or 0)
 
 
 def flatten(*flags: object, out: str = "b.safetensors", task: str = "task.py:task") -> int:
@@ -158,14 +150,14 @@ def test_a_network_that_computes_something_else_is_not_written(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = sys.modules[flatten_checkpoint.__module__]
-    honest = module._state
+    honest = module.state_with
 
     def wrong(*arguments: Any) -> dict[str, torch.Tensor]:
         state = honest(*arguments)
         state["0.weight"] *= 1 + 1e-6
         return state
 
-    monkeypatch.setattr(module, "_state", wrong)
+    monkeypatch.setattr(module, "state_with", wrong)
     assert flatten() == 5
     assert "nothing was written" in capsys.readouterr().err
     assert not Path("b.safetensors").exists()

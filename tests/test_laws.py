@@ -310,3 +310,14 @@ def test_errors_name_the_cure(call: object, message: str) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     with pytest.raises(UsageError, match=message):
         call(model)  # type: ignore[operator]
+
+
+def test_channels_without_writers_or_readers_are_told_apart() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    found = laws(model, torch.zeros(1, 3))
+    assert found.degenerate(model) == {}
+    with torch.no_grad():
+        model[0].weight[1], model[0].bias[1] = 0.0, 0.0
+        model[2].weight[:, 3] = 0.0
+    assert {name: channels.tolist() for name, channels in found.degenerate(model).items()} == {"0 → 2": [1, 3]}

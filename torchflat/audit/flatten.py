@@ -28,6 +28,7 @@ from torchflat.objective.state import modules_kept
 from torchflat.objective.unsharded import unsharded
 from torchflat.spectrum import NotConvergedWarning
 from torchflat.symmetry import flattest
+from torchflat.symmetry.state import state_with
 
 __all__ = ["flatten_checkpoint"]
 
@@ -97,7 +98,7 @@ def flatten_checkpoint(
             callback=told,
         )
     plain = unsharded(unwrapped(model))
-    state = _state(plain, answer.state_dict)
+    state = state_with(plain, _held(plain, answer.state_dict))
     with team.together():
         error = _disagreement(task, plain, state, data, f)
         if not error <= AGREEMENT[f.dtype]:
@@ -125,17 +126,10 @@ def _notes(task: Task) -> list[str]:
     return [f"the L2 term of the task (weight_decay={task.weight_decay}) was left out: rescaling changes it"]
 
 
-def _state(model: nn.Module, moved: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state_dict of ``model`` with these parameters in it, also under the other names of tied ones."""
-    owners = {id(p): name for name, p in model.named_parameters()}
-    names = {alias: owners[id(p)] for alias, p in model.named_parameters(remove_duplicate=False)}
-    state = {}
-    for name, tensor in model.state_dict().items():
-        new = moved.get(names.get(name, ""))
-        # Half precision cannot hold what was found closely enough.
-        dtype = tensor.dtype if new is None or tensor.dtype.itemsize >= 4 else new.dtype
-        state[name] = (tensor if new is None else new).detach().to(dtype).clone()
-    return state
+def _held(model: nn.Module, moved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what moved in the model's dtype, but for half precision, which cannot hold it closely enough."""
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    return {name: new.to(dtypes[name]) if dtypes[name].itemsize >= 4 else new for name, new in moved.items()}
 
 
 def _disagreement(task: Task, model: nn.Module, state: Mapping[str, Tensor], data: Any, f: Objective) -> float:

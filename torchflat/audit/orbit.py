@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -56,7 +55,7 @@ def coupling_row(coupling: Coupling, tensors: Mapping[str, Tensor]) -> dict[str,
     channels are the eigenvectors of C, so that all ratios are 1 exactly where C is 0. ``degenerate`` counts the
     channels in which one side, or both, vanish: they have no ratio, and nothing can be traded there.
     """
-    writers, readers = _side(coupling, tensors, 1), _side(coupling, tensors, -1)
+    writers, readers = coupling.sides(tensors)
     if coupling.kind == "full":
         axes = torch.linalg.eigh(writers - readers).eigenvectors
         writers, readers = ((axes.T @ side @ axes).diagonal().clamp(min=0) for side in (writers, readers))
@@ -75,11 +74,6 @@ def coupling_row(coupling: Coupling, tensors: Mapping[str, Tensor]) -> dict[str,
         "ratios": None if spread is None else spread.tolist(),
         "degenerate": int((~both).sum()),
     }
-
-
-def _side(coupling: Coupling, tensors: Mapping[str, Tensor], sign: int) -> Tensor:
-    members = tuple(member for member in coupling.members if sign * member.exponent > 0)
-    return sign * dataclasses.replace(coupling, members=members).value(tensors)
 
 
 def orbit_part(answer: Flattest) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torchflat.audit.report import Report
 from torchflat.audit.run import Interrupted, audit
 from torchflat.audit.task import Task
 from torchflat.cli.folder import claim, discard_if_empty, fresh, latest_partial, write_text
+from torchflat.cli.output import show
 from torchflat.cli.progress import Bars, say
 from torchflat.cli.subject import named
 from torchflat.distributed import Team
@@ -123,12 +124,7 @@ class Audit:
 
     def _write(self, report: Report, folder: Path) -> None:
         report.save(folder, force=True)
-        if self.json == "-":
-            print(report.to_json(), end="")
-        else:
-            if self.json is not None:
-                write_text(Path(self.json), report.to_json())
-            print(report.text(), end="")
+        show(report.text, report.to_json(), self.json)
         say(f"the report is in {folder / 'report.html'}")
 
     def _trajectory(

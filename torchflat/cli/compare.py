@@ -14,7 +14,8 @@ from torchflat.audit.comparison import compare_checkpoints
 from torchflat.audit.comparison_report import ComparisonReport
 from torchflat.audit.options import CompareOptions
 from torchflat.cli.flags import key_values
-from torchflat.cli.folder import claim, discard_if_empty, fresh, write_text
+from torchflat.cli.folder import claim, discard_if_empty, fresh
+from torchflat.cli.output import show
 from torchflat.cli.progress import Bars, say
 from torchflat.distributed import Team
 from torchflat.errors import UsageError
@@ -91,10 +92,5 @@ class Compare:
 
     def _write(self, report: ComparisonReport, folder: Path) -> None:
         report.save(folder, force=True)
-        if self.json == "-":
-            print(report.to_json(), end="")
-        else:
-            if self.json is not None:
-                write_text(Path(self.json), report.to_json())
-            print(report.text(), end="")
+        show(report.text, report.to_json(), self.json)
         say(f"the report is in {folder / 'compare.html'}")

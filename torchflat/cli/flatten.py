@@ -7,7 +7,6 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -17,7 +16,7 @@ from torchflat.audit.numerals import confidence, count, number, span
 from torchflat.audit.options import FlattenOptions
 from torchflat.audit.orbit_words import orbit_sentences
 from torchflat.audit.report import footer_text, table_lines, wrapped
-from torchflat.cli.folder import write_text
+from torchflat.cli.output import show
 from torchflat.cli.progress import Bars, say
 from torchflat.cli.subject import named
 from torchflat.errors import UsageError
@@ -69,12 +68,7 @@ class Flatten:
                 options=self.options,
             )
         content = json.dumps(found, indent=2, allow_nan=False) + "\n"
-        if self.json == "-":
-            print(content, end="")
-        else:
-            if self.json is not None:
-                write_text(Path(self.json), content)
-            print("\n".join(line.rstrip() for line in _text(found)))
+        show(lambda: "".join(f"{line.rstrip()}\n" for line in _text(found)), content, self.json)
         say(f"the checkpoint is in {self.out}")
         return INCONCLUSIVE if found["orbit"]["status"] == Status.BUDGET.name else 0
 

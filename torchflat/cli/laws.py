@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -14,7 +14,7 @@ from torchflat.audit.orbit import find_laws, laws_part
 from torchflat.audit.orbit_words import law_rows, laws_sentences
 from torchflat.audit.report import table_lines, wrapped
 from torchflat.audit.subject import load_weights, picked
-from torchflat.cli.folder import write_text
+from torchflat.cli.output import show
 from torchflat.cli.progress import Bars
 from torchflat.cli.subject import named
 
@@ -55,18 +55,14 @@ class Laws:
             part = laws_part(find_laws(task, model, task.make_data(), self.mode), model, self.mode)
         source = {"task": task.name or None, "checkpoint": loaded and picked(loaded, "path", "sha256")}
         content = json.dumps({**source, **part}, indent=2, allow_nan=False) + "\n"
-        if self.json == "-":
-            print(content, end="")
-            return 0
-        if self.json is not None:
-            write_text(Path(self.json), content)
-        print(_text(part))
+        show(lambda: "".join(f"{line.rstrip()}\n" for line in _text(part)), content, self.json)
         return 0
 
 
-def _text(part: dict[str, Any]) -> str:
+def _text(part: dict[str, Any]) -> Iterator[str]:
     head, *rows = law_rows(part)
-    lines = [*table_lines([head, *rows], right=(2, 3, 4)), ""] if rows else []
+    if rows:
+        yield from table_lines([head, *rows], right=(2, 3, 4))
+        yield ""
     for sentence in laws_sentences(part):
-        lines += wrapped(sentence, "·")
-    return "\n".join(line.rstrip() for line in lines)
+        yield from wrapped(sentence, "·")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchflat.errors import UsageError
 from torchflat.flatness.ladder import geometric
 from torchflat.flatness.profiles import CURVED, Decision, Profiles, Verdict, shared
-from torchflat.flatness.variation import SMALL, Search, Variation, checked
+from torchflat.flatness.variation import Search, Variation, checked
 from torchflat.objective import Objective
 from torchflat.objective.forms import Forms
 from torchflat.result import Answer, Cost
@@ -22,7 +22,7 @@ __all__ = ["Comparison", "FlatAgainst", "compare", "is_flat_against"]
 
 # Groups of rows from which the data's chance is told, and the fewest rows for that.
 GROUPS, FEWEST_ROWS = 64, 64
-# Gradients for each point of more than SMALL parameters: a comparison hangs on the largest radii, which come last.
+# Gradients for each point unless it is small: a comparison hangs on the largest radii, which come last.
 BUDGET = 200.0
 # Curvature shows clearly where f° exceeds the bound for it this many times.
 CLEARLY = 1.2
@@ -112,8 +112,7 @@ def compare(
 
         def searched(name: str, objective: Objective) -> Search:
             told = None if callback is None else lambda radius, value: callback(name, radius, value)
-            granted = BUDGET if budget is None and objective.n > SMALL else budget
-            return stack.enter_context(Search(objective, seed, granted, told))
+            return stack.enter_context(Search(objective, seed, budget, told, usual=BUDGET))
 
         searches = [searched("first", f), searched("second", g)]
         common = checked(radii) if radii is not None else _common_radii(searches)

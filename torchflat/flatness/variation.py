@@ -125,16 +125,24 @@ def variation(
 
 
 class Search:
-    """One search for f°, in two steps: radii that suit f, and the values there."""
+    """One search for f°, in two steps: radii that suit f, and the values there.
+
+    Where ``budget`` is None, it is ``usual``, or more for a small problem.
+    """
 
     def __init__(
-        self, f: Objective, seed: int, budget: float | None, callback: Callable[[float, float], object] | None
+        self,
+        f: Objective,
+        seed: int,
+        budget: float | None,
+        callback: Callable[[float, float], object] | None,
+        usual: float = BUDGET,
     ) -> None:
         self.f, self.before, self.callback = f, f.cost, callback
         self.small = f.n <= SMALL
         exact = (TIGHT, SURE) if f.dtype == torch.float64 else (SINGLE, SINGLE_SURE)
         self.tolerance, self.accuracy = exact if self.small else (LOOSE, FAIR)
-        self.budget = budget if budget is not None else SMALL_BUDGET if self.small else BUDGET
+        self.budget = budget if budget is not None else SMALL_BUDGET if self.small else usual
         self.surface = Surface(f)
         self.random = torch.Generator().manual_seed(seed)
         scale = self.surface.size or 1.0

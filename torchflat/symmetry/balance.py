@@ -14,6 +14,7 @@ from torchflat.result import Answer, Status
 from torchflat.symmetry.coupling import Coupling
 from torchflat.symmetry.group import Group, HasCouplings, couplings_of
 from torchflat.symmetry.scaling import least_norm
+from torchflat.symmetry.state import state_with
 
 __all__ = ["Balanced", "balance"]
 
@@ -94,7 +95,7 @@ def balance(
     after = torch.cat([part.reshape(-1).double() for part in cast.values()] or [x])
     residual = _residual(group, after)
     return Balanced(
-        state_dict=_state(model, cast),
+        state_dict=state_with(model, cast),
         log_scales=group.log_scales(found.z),
         residual=residual,
         norm=float(torch.linalg.vector_norm(after)),
@@ -105,17 +106,4 @@ def balance(
 
 
 def _residual(group: Group, x: Tensor) -> float:
-    parts = group.matrices(group.imbalance(x[None]))
-    total = sum(float((p if p.ndim == 1 else torch.linalg.eigvalsh(p)).abs().sum()) for p in parts)
-    return total / max(float(x @ x), torch.finfo(torch.float64).tiny)
-
-
-def _state(model: nn.Module, moved: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the model's state_dict with these parameters in it, under all names that a tied one has."""
-    owners = {id(p): name for name, p in model.named_parameters()}
-    names = {alias: owners[id(p)] for alias, p in model.named_parameters(remove_duplicate=False)}
-    state = {}
-    for name, tensor in model.state_dict().items():
-        new = moved.get(names.get(name, ""))
-        state[name] = tensor.detach().clone() if new is None else new.to(tensor.device).clone()
-    return state
+    return group.magnitude(group.imbalance(x[None])) / max(float(x @ x), torch.finfo(torch.float64).tiny)

@@ -70,7 +70,6 @@ def balanced_mixture(group: Group, values: Tensor, rows: Tensor) -> Certificate:
     weights, rotation = torch.linalg.eigh((W + W.T) / 2)
     kept = weights > LEAST_WEIGHT
     tops = (rotation.square() * values[:, None]).sum(0)[kept].tolist()
-    imbalance = group.matrices(W.flatten() @ C)
-    residual = sum(float((p if p.ndim == 1 else torch.linalg.eigvalsh(p)).abs().sum()) for p in imbalance)
+    residual = group.magnitude(W.flatten() @ C)
     vectors = rotation[:, kept].T.to(rows.device, rows.dtype) @ rows
     return Certificate(tuple(weights[kept].tolist()), tuple(tops), vectors, residual)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -86,6 +86,12 @@ class Coupling:
         """Return C, in float64, of the parameters, or of anything in their shapes such as a gradient."""
         return self.product(tensors, tensors)
 
+    def sides(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return what writers and what readers add to C, which is their difference; each as C itself, and ⪰ 0."""
+        members = [tuple(m for m in self.members if sign * m.exponent > 0) for sign in (1, -1)]
+        writers, readers = (replace(self, members=part).value(tensors) for part in members)
+        return writers, -readers
+
     def product(self, left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tensor:
         """Return the symmetric bilinear form whose value at (x, x) is C(x): twice this at (x, ∇f) is dC/dt, hence 0."""
         total = torch.zeros(self.size if self.kind == "diagonal" else (self.size, self.size), dtype=torch.float64)
@@ -95,11 +101,7 @@ class Coupling:
             if self.kind == "diagonal":
                 total.index_add_(0, member.channel, (a * b).sum(1), alpha=member.exponent)
             else:
-                for first, second in zip(_runs(a, self.size), _runs(b, self.size), strict=True):
+                for first, second in zip(a.split(self.size), b.split(self.size), strict=True):
                     mixed = first @ second.T
                     total += member.exponent / 2 * (mixed + mixed.T)
         return total
-
-
-def _runs(slices: Tensor, size: int) -> Iterator[Tensor]:
-    yield from slices.split(size)

@@ -161,6 +161,11 @@ class Group:
             for coupling, place in zip(self.couplings, self._ranges, strict=True)
         ]
 
+    def magnitude(self, imbalance: Tensor) -> float:
+        """Return Σ|C| over channels; for full couplings over the eigenvalues of C."""
+        parts = self.matrices(imbalance)
+        return sum(float((p if p.ndim == 1 else torch.linalg.eigvalsh(p)).abs().sum()) for p in parts)
+
     def packed(self, matrices: Sequence[Tensor]) -> Tensor:
         """Return z for the log-scales of each coupling in its own shape."""
         parts = [m if c.kind == "diagonal" else _packed(m) for c, m in zip(self.couplings, matrices, strict=True)]

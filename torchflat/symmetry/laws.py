@@ -15,6 +15,7 @@ from torchflat.symmetry.coupling import Coupling, Member
 from torchflat.symmetry.graph import Graph, infer, trace
 from torchflat.symmetry.linear import LinearLaw
 from torchflat.symmetry.shifts import linear_laws
+from torchflat.symmetry.state import state_with
 from torchflat.symmetry.verify import TOLERANCE, gradients, noise, relative
 
 __all__ = ["Laws", "laws"]
@@ -101,13 +102,7 @@ class Laws:
         Raises:
             UsageError: a name is unknown, a shape does not fit, or S is not symmetric.
         """
-        state = {name: value.clone() for name, value in model.state_dict().items()}
-        moved = self.moved({name: p.detach() for name, p in model.named_parameters()}, log_scales)
-        names = {id(p): name for name, p in model.named_parameters()}
-        for alias, parameter in model.named_parameters(remove_duplicate=False):
-            if alias in state:
-                state[alias] = moved[names[id(parameter)]].clone()
-        return state
+        return state_with(model, self.moved(_tensors(model), log_scales))
 
     def moved(self, tensors: Mapping[str, Tensor], log_scales: Mapping[str, Tensor] | Tensor) -> dict[str, Tensor]:
         """Do what :meth:`act` does to tensors by name, and return new ones for those that change."""
@@ -191,14 +186,8 @@ class Laws:
         tensors = _tensors(model)
         found = {}
         for coupling in self.couplings:
-            empty = torch.zeros(coupling.size, dtype=torch.bool)
-            for sign in (1, -1):
-                size = torch.zeros(coupling.size, dtype=torch.float64)
-                for member in coupling.members:
-                    if member.exponent * sign > 0:
-                        squares = member.slices(tensors[member.parameter].detach()).double().square().sum(1).cpu()
-                        size.index_add_(0, member.channel, squares)
-                empty |= size == 0
+            sides = [side if side.ndim == 1 else side.diagonal() for side in coupling.sides(tensors)]
+            empty = (sides[0] == 0) | (sides[1] == 0)
             if bool(empty.any()):
                 found[coupling.name] = empty.nonzero()[:, 0]
         return found

@@ -79,9 +79,7 @@ def _measured(group: Group, rows: Tensor, squares: Tensor | None, z: Tensor, mos
     value = float(moved.sum())
     imbalance = group.imbalance_of(moved, vectors) / max(value, 1e-300)
     held = ((z >= most) & (imbalance < 0)) | ((z <= -most) & (imbalance > 0))
-    free = group.matrices(imbalance * ~held)
-    parts = [p.abs().sum() if p.ndim == 1 else torch.linalg.eigvalsh(p).abs().sum() for p in free]
-    return Balance(z, value, imbalance, float(sum(parts)), held)
+    return Balance(z, value, imbalance, group.magnitude(imbalance * ~held), held)
 
 
 def _newton(group: Group, rows: Tensor, squares: Tensor | None, current: Balance) -> Tensor:
