@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "arithmetic.h"
@@ -80,20 +81,47 @@ struct Chunk {
   void* left;
   const void* right;
   int32_t count;
+  int32_t pair;
   Kind left_kind;
   Kind right_kind;
 };
 
 struct Chunks {
   std::vector<Chunk> list;
-  std::vector<Tensor> copies;  // contiguous stand-ins, kept alive as long as the chunks point into them
+  std::vector<int32_t> starts;  // the first chunk of each pair, and after them the number of chunks
+  std::vector<Tensor> copies;   // contiguous stand-ins, kept alive as long as the chunks point into them
+  std::vector<std::pair<Tensor, Tensor>> written;  // tensors whose stand-ins are written to, and these
   int64_t elements = 0;
+
+  // Give the tensors what was written to their stand-ins.
+  void finish() {
+    for (auto& [tensor, copy] : written) torch::stable::copy_(tensor, copy);
+  }
 };
 
 inline int64_t element_size(Kind kind) { return kind == Kind::float64 ? 8 : kind == Kind::float32 ? 4 : 2; }
 
-// Cut a list of pairs into chunks of at most `size` elements, in order. With `write`, the left tensors are written to
-// and must be contiguous.
+// Whether two tensors of one shape lay out their elements in the same order, one after another without gaps, so that
+// they may be walked in storage order: true of two contiguous ones, and of two in channels-last order.
+inline bool same_order(const Tensor& a, const Tensor& b) {
+  const auto sizes = a.sizes(), a_strides = a.strides(), b_strides = b.strides();
+  std::vector<std::pair<int64_t, int64_t>> steps;
+  for (size_t axis = 0; axis < sizes.size(); ++axis) {
+    if (sizes[axis] == 1) continue;
+    if (a_strides[axis] != b_strides[axis]) return false;
+    steps.emplace_back(a_strides[axis], sizes[axis]);
+  }
+  std::sort(steps.begin(), steps.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : steps) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+// Cut a list of pairs into chunks of at most `size` elements, in order. With `write`, the left tensors are written to:
+// call finish() afterwards.
 inline Chunks checked_chunks(
     const std::vector<Tensor>& left, const std::vector<Tensor>& right, int64_t size, bool write, const char* name) {
   STD_TORCH_CHECK(
@@ -109,21 +137,48 @@ inline Chunks checked_chunks(
         a_sizes.size() == b_sizes.size() && std::equal(a_sizes.begin(), a_sizes.end(), b_sizes.begin()), name,
         ": pair ", index, " has different shapes, ", shape_of(a), " and ", shape_of(b));
     STD_TORCH_CHECK(a.device() == device && b.device() == device, name, ": pair ", index, " is on another device");
-    STD_TORCH_CHECK(!write || a.is_contiguous(), name, ": the tensors of y must be contiguous");
-    if (!a.is_contiguous()) chunks.copies.push_back(a = torch::stable::contiguous(a));
-    if (!b.is_contiguous()) chunks.copies.push_back(b = torch::stable::contiguous(b));
+    const bool a_contiguous = a.is_contiguous(), b_contiguous = b.is_contiguous();
+    if (!(a_contiguous && b_contiguous) && !same_order(a, b)) {
+      if (!a_contiguous) chunks.copies.push_back(a = torch::stable::contiguous(a));
+      if (!a_contiguous && write) chunks.written.emplace_back(left[index], a);
+      if (!b_contiguous) chunks.copies.push_back(b = torch::stable::contiguous(b));
+    }
     const Kind a_kind = kind_of(a), b_kind = kind_of(b);
     auto* a_data = static_cast<char*>(write ? a.mutable_data_ptr() : const_cast<void*>(a.const_data_ptr()));
     const auto* b_data = static_cast<const char*>(b.const_data_ptr());
     const int64_t count = a.numel();
+    chunks.starts.push_back(static_cast<int32_t>(chunks.list.size()));
     for (int64_t start = 0; start < count; start += size) {
       chunks.list.push_back(
           {a_data + start * element_size(a_kind), b_data + start * element_size(b_kind),
-           static_cast<int32_t>(std::min(size, count - start)), a_kind, b_kind});
+           static_cast<int32_t>(std::min(size, count - start)), static_cast<int32_t>(index), a_kind, b_kind});
     }
     chunks.elements += count;
   }
+  chunks.starts.push_back(static_cast<int32_t>(chunks.list.size()));
   return chunks;
+}
+
+// The factors of y <- beta * y + alpha * x, as the kernels read them: where they are.
+struct Factors {
+  const double* alpha;
+  const double* beta;
+  bool shared;  // one alpha for all pairs
+
+  TORCHFLAT_INLINE double alpha_of(int32_t pair) const { return alpha[shared ? 0 : pair]; }
+};
+
+inline Factors checked_factors(const Tensor& alpha, const Tensor& beta, const Tensor& first, int64_t pairs) {
+  const auto check = [&](const Tensor& factor, const char* name, bool length) {
+    STD_TORCH_CHECK(
+        factor.dim() == 1 && length && kind_of(factor) == Kind::float64 && factor.device() == first.device() &&
+            factor.is_contiguous(),
+        "axpby_: ", name, " must be contiguous float64 of the right length on the device of y, got ", shape_of(factor));
+  };
+  check(alpha, "alpha", alpha.size(0) == 1 || alpha.size(0) == pairs);
+  check(beta, "beta", beta.size(0) == 1);
+  const auto* alpha_data = static_cast<const double*>(alpha.const_data_ptr());
+  return {alpha_data, static_cast<const double*>(beta.const_data_ptr()), alpha.size(0) == 1};
 }
 
 }  // namespace torchflat

@@ -68,10 +68,10 @@ TORCHFLAT_INLINE double subtract_rows(double w, const T* column, int64_t stride,
   return w;
 }
 
-// y + alpha * x, rounded once to the type of y.
+// beta * y + alpha * x, rounded once to the type of y.
 template <class Y, class X>
-TORCHFLAT_INLINE Y add_scaled(Y y, X x, double alpha) {
-  return narrow<Y>(widen(y) + alpha * widen(x));
+TORCHFLAT_INLINE Y blend(Y y, X x, double alpha, double beta) {
+  return narrow<Y>(beta * widen(y) + alpha * widen(x));
 }
 
 // Part `index` of `parts` nearly equal parts of [0, count): where it starts. Part `parts` starts at `count`.

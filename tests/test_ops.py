@@ -31,12 +31,13 @@ needs_native = pytest.mark.skipif(
 class Kernels:
     """The three operators of one implementation, called below the public functions."""
 
-    def __init__(self, orthogonalize_: Callable, dot: Callable, axpy_: Callable) -> None:
-        self.orthogonalize_, self.dot, self.axpy_ = orthogonalize_, dot, axpy_
+    def __init__(self, library: object) -> None:
+        names = ("orthogonalize_", "dot", "norms", "axpy_", "axpby_")
+        self.orthogonalize_, self.dot, self.norms, self.axpy_, self.axpby_ = (getattr(library, name) for name in names)
 
 
-TWIN = Kernels(reference.orthogonalize_, reference.dot, reference.axpy_)
-COMPILED = Kernels(torch.ops.torchflat.orthogonalize_, torch.ops.torchflat.dot, torch.ops.torchflat.axpy_)
+TWIN = Kernels(reference)
+COMPILED = Kernels(torch.ops.torchflat)
 
 
 @pytest.fixture(params=["reference", pytest.param("native", marks=needs_native)])
@@ -308,9 +309,18 @@ def test_lists_refuse(kernels: Kernels, a: list[Tensor], b: list[Tensor], messag
         kernels.axpy_(a, b, 1.0)
 
 
-def test_axpy_refuses_strided_targets(kernels: Kernels) -> None:
-    with pytest.raises(RuntimeError, match="tensors of y must be contiguous"):
-        kernels.axpy_([torch.ones(2, 3).T], [torch.ones(3, 2)], 1.0)
+def test_axpy_writes_to_strided_targets(kernels: Kernels) -> None:
+    base = torch.zeros(4, 6)
+    last = torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    x = torch.arange(60.0).reshape(3, 4, 5).expand(2, 3, 4, 5)
+    kernels.axpy_([base[::2, 1::2].T, last], [torch.arange(6.0).reshape(3, 2), x], 2.0)
+    expected = torch.zeros(4, 6)
+    expected[::2, 1::2] = 2 * torch.arange(6.0).reshape(3, 2).T
+    assert torch.equal(base, expected)
+    assert torch.equal(last, 2 * x)
+    same = x.clone(memory_format=torch.channels_last)
+    kernels.axpy_([same], [same.clone(memory_format=torch.preserve_format)], 1.0)
+    assert torch.equal(same, 2 * x)
 
 
 def test_differentiation_is_refused_not_dropped() -> None:

@@ -1,4 +1,4 @@
-// Dot product and scaled addition over two lists of tensors, in one call for the whole list.
+// Dot product, norms and scaled addition over lists of tensors, in one call for the whole list.
 #include <torch/csrc/stable/library.h>
 
 #include "../arguments.h"
@@ -21,8 +21,13 @@ TORCHFLAT_VECTORIZED double dot_chunk(const A* a, const B* b, int64_t count) {
 }
 
 template <class Y, class X>
-TORCHFLAT_VECTORIZED void add_chunk(Y* y, const X* x, int64_t count, double alpha) {
-  for (int64_t index = 0; index < count; ++index) y[index] = add_scaled(y[index], x[index], alpha);
+TORCHFLAT_VECTORIZED void blend_chunk(Y* y, const X* x, int64_t count, double alpha, double beta) {
+  for (int64_t index = 0; index < count; ++index) y[index] = blend(y[index], x[index], alpha, beta);
+}
+
+template <class Y>
+TORCHFLAT_VECTORIZED void scale_chunk(Y* y, int64_t count, double beta) {
+  for (int64_t index = 0; index < count; ++index) y[index] = narrow<Y>(beta * widen(y[index]));
 }
 
 // Call `work(chunk, left, right, index)` on every chunk, with typed pointers, on as many threads as pay.
@@ -43,29 +48,67 @@ void for_each_chunk(const Chunks& chunks, const Work& work) {
   });
 }
 
-Tensor dot(const std::vector<Tensor>& a, const std::vector<Tensor>& b) {
-  const Chunks chunks = checked_chunks(a, b, kChunk, false, "dot");
-  std::vector<double> partial(chunks.list.size());
+std::vector<double> chunk_dots(const Chunks& chunks) {
+  std::vector<double> dots(chunks.list.size());
   for_each_chunk(chunks, [&](const auto* left, const auto* right, int64_t count, int64_t index) {
-    partial[index] = dot_chunk(left, right, count);
+    dots[index] = dot_chunk(left, right, count);
   });
+  return dots;
+}
+
+double sum(const std::vector<double>& parts, int64_t begin, int64_t end) {
   Sum total{};
-  for (const double part : partial) total.add(part);
-  return torch::stable::full({}, total.value(), torch::headeronly::ScalarType::Double);
+  for (int64_t index = begin; index < end; ++index) total.add(parts[index]);
+  return total.value();
+}
+
+Tensor dot(const std::vector<Tensor>& a, const std::vector<Tensor>& b) {
+  const std::vector<double> dots = chunk_dots(checked_chunks(a, b, kChunk, false, "dot"));
+  return torch::stable::full({}, sum(dots, 0, dots.size()), torch::headeronly::ScalarType::Double);
+}
+
+Tensor norms(const std::vector<Tensor>& a) {
+  const Chunks chunks = checked_chunks(a, a, kChunk, false, "norms");
+  const std::vector<double> squares = chunk_dots(chunks);
+  Tensor result = torch::stable::empty({static_cast<int64_t>(a.size())}, torch::headeronly::ScalarType::Double);
+  auto* out = static_cast<double*>(result.mutable_data_ptr());
+  for (size_t index = 0; index < a.size(); ++index) {
+    out[index] = std::sqrt(sum(squares, chunks.starts[index], chunks.starts[index + 1]));
+  }
+  return result;
+}
+
+void blend_all(Chunks chunks, const Factors& factors) {
+  const double beta = *factors.beta;
+  for_each_chunk(chunks, [&](auto* left, const auto* right, int64_t count, int64_t index) {
+    const double alpha = factors.alpha_of(chunks.list[index].pair);
+    if (alpha != 0) {
+      blend_chunk(left, right, count, alpha, beta);
+    } else if (beta != 1) {
+      scale_chunk(left, count, beta);
+    }
+  });
+  chunks.finish();
 }
 
 void axpy_(const std::vector<Tensor>& y, const std::vector<Tensor>& x, double alpha) {
-  const Chunks chunks = checked_chunks(y, x, kChunk, true, "axpy_");
-  for_each_chunk(chunks, [&](auto* left, const auto* right, int64_t count, int64_t) {
-    add_chunk(left, right, count, alpha);
-  });
+  const double beta = 1;
+  blend_all(checked_chunks(y, x, kChunk, true, "axpy_"), {&alpha, &beta, true});
+}
+
+void axpby_(
+    const std::vector<Tensor>& y, const std::vector<Tensor>& x, const Tensor& alpha, const Tensor& beta) {
+  Chunks chunks = checked_chunks(y, x, kChunk, true, "axpby_");
+  blend_all(std::move(chunks), checked_factors(alpha, beta, y[0], static_cast<int64_t>(y.size())));
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(torchflat, CPU, library) {
   library.impl("dot", TORCH_BOX(&dot));
+  library.impl("norms", TORCH_BOX(&norms));
   library.impl("axpy_", TORCH_BOX(&axpy_));
+  library.impl("axpby_", TORCH_BOX(&axpby_));
 }
 
 }  // namespace torchflat

@@ -32,18 +32,24 @@ __device__ inline double warp_sum(double value) {
   return value;
 }
 
+// The sum over a block, in its thread 0.
+__device__ inline Sum block_sum(const Sum& mine, Sum* shared) {
+  shared[threadIdx.x] = mine;
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half) shared[threadIdx.x].add(shared[threadIdx.x + half]);
+  }
+  return shared[0];
+}
+
 // out[row] = the sum of partial[i * rows + row] over i, one block for each row. With `root`, its square root.
 static __global__ void collect(const Sum* partial, int64_t count, int64_t rows, bool root, double* out) {
   __shared__ Sum shared[kThreads];
   const int64_t row = blockIdx.x;
   Sum sum{};
   for (int64_t i = threadIdx.x; i < count; i += kThreads) sum.add(partial[i * rows + row]);
-  shared[threadIdx.x] = sum;
-  for (int half = kThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (threadIdx.x < half) shared[threadIdx.x].add(shared[threadIdx.x + half]);
-  }
-  if (threadIdx.x == 0) out[row] = root ? sqrt(shared[0].value()) : shared[0].value();
+  const Sum total = block_sum(sum, shared);
+  if (threadIdx.x == 0) out[row] = root ? sqrt(total.value()) : total.value();
 }
 
 }  // namespace torchflat

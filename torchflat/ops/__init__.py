@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchflat.ops.library import backend, describe
 
-__all__ = ["axpy_", "backend", "describe", "dot", "norm", "orthogonalize_"]
+__all__ = ["axpby_", "axpy_", "backend", "describe", "dot", "norm", "norms", "orthogonalize_"]
 
 
 def orthogonalize_(basis: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,21 +67,38 @@ def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     return result
 
 
+def norms(a: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of each tensor of a list of k tensors: (k,) float64, on the device of the tensors.
+
+    Raises:
+        RuntimeError: if the tensors lie on several devices, or autograd would have to follow.
+
+    >>> norms([torch.tensor([3.0, 4.0]), torch.tensor(-2.0)]).tolist()
+    [5.0, 2.0]
+    """
+    a = list(a)
+    if not a:
+        return torch.zeros(0, dtype=torch.float64)
+    _refuse_autograd("norms", a)
+    result: Tensor = torch.ops.torchflat.norms(a)
+    return result
+
+
 def norm(a: Sequence[Tensor]) -> Tensor:
     """Euclidean norm of a list of tensors taken as one vector: ``sqrt(dot(a, a))``, a 0-dim float64 tensor.
 
     >>> norm([torch.tensor([3.0]), torch.tensor(4.0)]).item()
     5.0
     """
-    return dot(a, a).sqrt_()
+    total: Tensor = torch.linalg.vector_norm(norms(a))
+    return total
 
 
 def axpy_(y: Sequence[Tensor], x: Sequence[Tensor], alpha: float = 1.0) -> None:
     """Add in place over two lists: ``y_i += alpha * x_i``, computed in float64 and rounded to the dtype of ``y_i``.
 
     The tensors of a pair have the same shape and may differ in dtype: float32 gradients add into float64 sums without a
-    copy. ``y_i`` must be contiguous (views of one flat buffer are), ``x_i`` need not be. Tensors of ``y`` must not
-    overlap each other, nor ``x_i`` unless it is the same tensor.
+    copy. Strides may be any. Tensors of ``y`` must not overlap each other, nor ``x_i`` unless it is the same tensor.
 
     Raises:
         RuntimeError: if the lists do not pair up, lie on several devices, or autograd would have to follow.
@@ -96,6 +113,28 @@ def axpy_(y: Sequence[Tensor], x: Sequence[Tensor], alpha: float = 1.0) -> None:
         return
     _refuse_autograd("axpy_", (*y, *x))
     torch.ops.torchflat.axpy_(y, x, alpha)
+    _mark_changed(y)
+
+
+def axpby_(y: Sequence[Tensor], x: Sequence[Tensor], alpha: Tensor, beta: Tensor) -> None:
+    """Scale and add in place over two lists: ``y_i <- beta * y_i + alpha_i * x_i``, as :func:`axpy_` does.
+
+    ``alpha`` is (k,) or (1,), ``beta`` (1,), both float64 and on the device of the tensors, so that nothing is read
+    back from it. Where ``alpha_i`` is 0, ``x_i`` is left out, whatever it holds: infinities and NaN do not get through.
+
+    Raises:
+        RuntimeError: as :func:`axpy_`, or if ``alpha`` or ``beta`` is not as above.
+
+    >>> y = torch.tensor([1.0, 2.0])
+    >>> axpby_([y], [torch.tensor([10.0, 10.0])], torch.tensor([0.5]).double(), torch.tensor([2.0]).double())
+    >>> y.tolist()
+    [7.0, 9.0]
+    """
+    y, x = list(y), list(x)
+    if not y and not x:
+        return
+    _refuse_autograd("axpby_", (*y, *x, alpha, beta))
+    torch.ops.torchflat.axpby_(y, x, alpha, beta)
     _mark_changed(y)
 
 

@@ -20,7 +20,7 @@ from torchflat.ops import reference
 
 __all__ = ["backend", "describe"]
 
-_KERNELS = ("orthogonalize_", "dot", "axpy_")
+_KERNELS = ("orthogonalize_", "dot", "norms", "axpy_", "axpby_")
 _PACKAGE = Path(__file__).resolve().parent
 _BUILD_RECORD = _PACKAGE / "_build.json"
 
@@ -96,8 +96,13 @@ def _fake_dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
     return a[0].new_empty((), dtype=torch.float64)
 
 
+def _fake_norms(a: list[Tensor]) -> Tensor:
+    reference.check_list(a, "norms")
+    return a[0].new_empty(len(a), dtype=torch.float64)
+
+
 def _fake_axpy(y: list[Tensor], x: list[Tensor], alpha: float) -> None:
-    reference.check_axpy(y, x)
+    reference.check_lists(y, x, "axpy_")
 
 
 _library = torch.library.Library("torchflat", "DEF")
@@ -114,7 +119,9 @@ def _define(schema: str, twin: Callable[..., Any], fake: Callable[..., Any]) -> 
 
 _define("orthogonalize_(Tensor basis, Tensor(a!) vector) -> Tensor", reference.orthogonalize_, _fake_orthogonalize)
 _define("dot(Tensor[] a, Tensor[] b) -> Tensor", reference.dot, _fake_dot)
+_define("norms(Tensor[] a) -> Tensor", reference.norms, _fake_norms)
 _define("axpy_(Tensor(a!)[] y, Tensor[] x, float alpha) -> ()", reference.axpy_, _fake_axpy)
+_define("axpby_(Tensor(a!)[] y, Tensor[] x, Tensor alpha, Tensor beta) -> ()", reference.axpby_, reference.check_axpby)
 
 _loaded: dict[str, str] = {}
 _reasons: dict[str, str] = {}

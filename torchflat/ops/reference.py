@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["CHUNK", "axpy_", "dot", "orthogonalize_"]
+__all__ = ["CHUNK", "axpby_", "axpy_", "dot", "norms", "orthogonalize_"]
 
 CHUNK = 1 << 18
 
@@ -43,13 +43,33 @@ def dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
     return torch.stack(partials).sum() if partials else a[0].new_zeros((), dtype=torch.float64)
 
 
+def norms(a: list[Tensor]) -> Tensor:
+    """Square root of :func:`dot` of each tensor with itself."""
+    check_list(a, "norms")
+    return torch.stack([dot([each], [each]) for each in a]).sqrt_()
+
+
 def axpy_(y: list[Tensor], x: list[Tensor], alpha: float) -> None:
     """``y += alpha * x``, computed in float64 and rounded to the dtype of ``y`` at the end."""
-    check_axpy(y, x)
-    for target, source in zip(map(_flat, y), map(_flat, x), strict=True):
-        for span in _spans(target.numel(), 1):
-            part = target[span]
-            part.copy_(part.double().add_(source[span], alpha=alpha))
+    check_lists(y, x, "axpy_")
+    for target, source in zip(y, x, strict=True):
+        _blend(target, source, alpha, 1.0)
+
+
+def axpby_(y: list[Tensor], x: list[Tensor], alpha: Tensor, beta: Tensor) -> None:
+    """``y = beta * y + alpha * x``, computed and rounded as in :func:`axpy_`; an ``alpha`` of 0 leaves ``x`` out."""
+    check_axpby(y, x, alpha, beta)
+    for target, source, factor in zip(y, x, alpha.expand(len(y)).tolist(), strict=True):
+        _blend(target, source, factor, beta.item())
+
+
+def _blend(y: Tensor, x: Tensor, alpha: float, beta: float) -> None:
+    target, source = _flat(y), _flat(x)
+    for span in _spans(target.numel(), 1):
+        part = target[span].double().mul_(beta)
+        target[span] = part.add_(source[span], alpha=alpha) if alpha else part
+    if target.data_ptr() != y.data_ptr():
+        y.detach().copy_(target.view_as(y))
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -94,10 +114,26 @@ def check_lists(a: list[Tensor], b: list[Tensor], name: str) -> None:
         _check_pair(left, right, a[0].device, f"{name}: pair {index}")
 
 
-def check_axpy(y: list[Tensor], x: list[Tensor]) -> None:
-    """:func:`check_lists`, and every tensor of ``y`` must be contiguous."""
-    check_lists(y, x, "axpy_")
-    torch._check(all(target.is_contiguous() for target in y), lambda: "axpy_: the tensors of y must be contiguous")
+def check_list(a: list[Tensor], name: str) -> None:
+    """Raise RuntimeError unless the list is not empty, lies on one device, and holds floating point."""
+    check_lists(a, a, name)
+
+
+def check_axpby(y: list[Tensor], x: list[Tensor], alpha: Tensor, beta: Tensor) -> None:
+    """:func:`check_lists`, and the factors must be float64 vectors of the right length on the same device."""
+    check_lists(y, x, "axpby_")
+    for name, factor, lengths in (("alpha", alpha, (1, len(y))), ("beta", beta, (1,))):
+        torch._check(
+            factor.dim() == 1
+            and factor.size(0) in lengths
+            and factor.dtype == torch.float64
+            and factor.device == y[0].device
+            and factor.is_contiguous(),
+            lambda name=name, factor=factor, lengths=lengths: (  # type: ignore[misc]
+                f"axpby_: {name} must be contiguous float64 of length {' or '.join(map(str, dict.fromkeys(lengths)))} "
+                f"on {y[0].device}, got {factor.dtype} {tuple(factor.shape)} on {factor.device}"
+            ),
+        )
 
 
 def _check_pair(left: Tensor, right: Tensor, device: torch.device, where: str) -> None:

@@ -1,0 +1,340 @@
+"""Normalised gradient descent with slowly decaying steps: x ← x − α_k ∇f/|∇f|."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiable
+
+from torchflat import ops
+from torchflat.optim import sharded
+
+__all__ = ["NormalizedGD"]
+
+Norm = Literal["global", "group", "tensor"]
+NORMS = ("global", "group", "tensor")
+NONFINITE = "the norm of the gradient is not finite"
+
+
+class NormalizedGD(Optimizer):
+    """Step by a given length against the gradient: x ← x − α_k ∇f/|∇f|, with α_k = lr·(k + 1)^(−decay).
+
+    The steps of gradient descent shrink with the gradient, so it stops at the first minimum that it meets. A step of
+    given length goes on: it swings across the valley, and the swing pushes it along the valley to where it is flat.
+    If near the flat minima some quantity falls by at least ω·α_k^p in each step (a p-d-Lyapunov function, T036), then
+    they are reached if α_k → 0 and Σα_k^p diverges, which is to say 0 < decay ≤ 1/p. In most valleys p is 2 and decay
+    may be up to ½; in valleys of fourth order p is 4, and it may be up to ¼. The default ¼ is right for both, and its
+    steps stay above the noise for longer. The loss ends at the height of a swing of length α_k; let the last steps
+    fall to 0 with ``decay=0`` and :class:`PowerDecayLR` to take that away.
+
+    One gradient and no closure: accumulation, GradScaler, DDP, schedulers and resuming work as they do with SGD;
+    clipping the gradient changes nothing. Only ``lr`` has another meaning: it is the length of the first step. To
+    start with the steps that SGD takes at a rate η, use lr ≈ η·|∇f|.
+
+    Each step changes a conserved quantity Q(x) = xᵀAx of the gradient flow by exactly α_k²·Q(∇f/|∇f|), and a linear
+    one not at all (T037); :class:`Tracker` keeps account of it.
+
+    Args:
+        params: tensors, dicts that define groups, or pairs (name, tensor).
+        lr: length of the first step, a float or a tensor with one element.
+        decay: exponent of the decay; 0 for steps of constant length.
+        norm: what the gradient is divided by. ``"global"``: its norm over all groups, which keeps every law. Unlike
+            other optimizers, two groups are then not the same as two optimizers. ``"group"``: the norm over its group;
+            laws between parameters of different groups are broken. ``"tensor"``: the norm of each tensor; the only
+            laws left are those within one tensor, so that no rescaling law is.
+        momentum: factor of the past in the running sum of gradients that is normalised in place of the gradient. It
+            breaks the quadratic laws.
+        weight_decay: decoupled, x ← (1 − α_k·weight_decay)·x before the step. It breaks the laws.
+        maximize: step along the gradient instead of against it.
+        error_if_nonfinite: raise if the norm of the gradient is not finite. Otherwise such a step moves nothing, does
+            not advance k, and warns once.
+        foreach: work on lists of tensors at once; default: where ``fused`` does not.
+        fused: use the compiled kernels, two sweeps without temporaries; default: if they are built for the device.
+        capturable: never read back from the device, for CUDA graphs. Steps with a norm that is not finite still move
+            nothing, but do not warn.
+        differentiable: let autograd record the step.
+
+    Raises:
+        ValueError: an argument is out of range.
+        RuntimeError: ``fused`` together with ``foreach`` or ``differentiable``.
+
+    Source: T036–T055.
+
+    >>> x = torch.tensor([2.0, 0.7], requires_grad=True)
+    >>> optimizer = NormalizedGD([x], lr=0.3)
+    >>> before = x.detach()[0] ** 2 - x.detach()[1] ** 2
+    >>> ((x[0] * x[1] - 1) ** 2).backward()
+    >>> optimizer.step()
+    >>> after = x.detach()[0] ** 2 - x.detach()[1] ** 2
+    >>> round(float(after / before), 5)
+    0.97996
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        *,
+        decay: float = 0.25,
+        norm: Norm = "global",
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        error_if_nonfinite: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+        if not lr >= 0.0:
+            raise ValueError(f"Invalid learning rate: {lr}")
+        if not decay >= 0.0:
+            raise ValueError(f"Invalid decay value: {decay}")
+        if norm not in NORMS:
+            raise ValueError(f"Invalid norm value: {norm!r}, it must be one of {', '.join(map(repr, NORMS))}")
+        if not 0.0 <= momentum < 1.0:
+            raise ValueError(f"Invalid momentum value: {momentum}")
+        if not weight_decay >= 0.0:
+            raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+        defaults = {
+            "lr": lr,
+            "decay": decay,
+            "norm": norm,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "error_if_nonfinite": error_if_nonfinite,
+            "foreach": foreach,
+            "fused": fused,
+            "capturable": capturable,
+            "differentiable": differentiable,
+        }
+        super().__init__(params, defaults)
+        if fused and differentiable:
+            raise RuntimeError("`fused` does not support `differentiable`")
+        if fused and foreach:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        if any("step" in kept for kept in self.state.values()):
+            self._share_clock()
+
+    @_use_grad_for_differentiable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step; return what ``closure`` returns, if one is given to evaluate the model anew.
+
+        Raises:
+            RuntimeError: a gradient is sparse, or its norm is not finite and ``error_if_nonfinite`` is set.
+        """
+        self._accelerator_graph_capture_health_check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        shares: list[_Share] = []
+        clocks: list[Tensor] = []
+        for group in self.param_groups:
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            buffers: list[Tensor] = []
+            self._init_group(group, params, grads, buffers, clocks)
+            shares += _shares(group, params, grads, buffers)
+        if shares:
+            self._move(shares, clocks[0])
+        return loss
+
+    # torch.compile runs a method of this name while it traces, with empty lists to fill.
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        buffers: list[Tensor],
+        clocks: list[Tensor],
+    ) -> None:
+        """Collect what has a gradient, and the one count of steps, which the states of all parameters share."""
+        for p in group["params"]:
+            if p.grad is not None:
+                if p.grad.is_sparse:
+                    raise RuntimeError("NormalizedGD does not support sparse gradients")
+                params.append(p)
+                grads.append(p.grad)
+        if not params:
+            return
+        if len(self.state) < sum(len(each["params"]) for each in self.param_groups):
+            self._share_clock()
+        clocks.append(next(iter(self.state.values()))["step"])
+        if group["momentum"]:
+            for p in params:
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                buffers.append(state["momentum_buffer"])
+
+    def _share_clock(self) -> None:
+        """Let the states of all parameters hold one and the same count of steps: the largest that there was, or 0."""
+        counts = [torch.as_tensor(state["step"]) for state in self.state.values() if "step" in state]
+        if counts:
+            clock = max(counts, key=float)
+            clock = clock if clock.is_floating_point() else clock.float()
+        else:
+            group = self.param_groups[0]
+            device = group["params"][0].device if group["capturable"] else "cpu"
+            clock = torch.zeros((), dtype=torch.float32, device=device)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["step"] = clock
+
+    def _move(self, shares: Sequence[_Share], clock: Tensor) -> None:
+        """Take the step and advance k; or, if the norm of the gradient is not finite, do neither."""
+        norms = [share.norms(share.grads) for share in shares]
+        finite = _total(norms).isfinite()
+        reads_back = not (torch.compiler.is_compiling() or any(share.group["capturable"] for share in shares))
+        if reads_back and not finite:
+            self._refuse(shares)
+            return
+        for index, share in enumerate(shares):
+            if share.buffers:
+                share.accumulate(None if reads_back else finite)
+                norms[index] = share.norms(share.buffers)
+        pooled = [norm for share, norm in zip(shares, norms, strict=True) if share.group["norm"] == "global"]
+        total = _total(pooled or norms)
+        for share, norm in zip(shares, norms, strict=True):
+            by = {"global": total, "group": _total([norm]), "tensor": norm}[share.group["norm"]]
+            length = share.group["lr"] * (clock.double() + 1) ** -share.group["decay"]
+            share.move(length, by, None if reads_back else finite)
+        clock += 1 if reads_back else finite
+
+    def _refuse(self, shares: Sequence[_Share]) -> None:
+        """Raise, where a group asks for it, or warn once, that the gradient gives no direction."""
+        if any(share.group["error_if_nonfinite"] for share in shares):
+            raise RuntimeError(
+                f"{NONFINITE}, so it has no direction. Find the loss that overflowed, or leave such steps out with "
+                "`error_if_nonfinite=False`"
+            )
+        if not self.__dict__.get("_warned", False):
+            self._warned = True
+            warnings.warn(
+                f"NormalizedGD: {NONFINITE}: such steps move nothing and do not count. Said once", stacklevel=5
+            )
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one group has on one device, as real tensors; where they are parts of DTensors, ``whole`` are those."""
+
+    group: dict[str, Any]
+    fused: bool
+    whole: list[Tensor] | None
+    params: list[Tensor]
+    grads: list[Tensor]
+    buffers: list[Tensor]
+
+    def norms(self, tensors: list[Tensor]) -> Tensor:
+        """Return the norm of each tensor, of the whole one where it is a part: (k,) float64."""
+        own = ops.norms(tensors) if self.fused else torch.stack(torch._foreach_norm(tensors, 2, torch.float64))
+        return own if self.whole is None else sharded.whole_norms(own, self.whole)
+
+    def accumulate(self, finite: Tensor | None) -> None:
+        """Add the gradients to the sums of the past; with ``finite``, only if it is true."""
+        momentum = self.group["momentum"]
+        if finite is not None:
+            for buffer, grad in zip(self.buffers, self.grads, strict=True):
+                buffer.copy_(torch.where(finite, momentum * buffer + grad, buffer))
+        else:
+            torch._foreach_mul_(self.buffers, momentum)
+            torch._foreach_add_(self.buffers, self.grads)
+
+    def move(self, length: Tensor, by: Tensor, finite: Tensor | None) -> None:
+        """Move by ``length`` along what is divided by ``by``; nowhere if that is 0 or ``finite`` is not true."""
+        goes = by > 0 if finite is None else (by > 0) & finite
+        alpha = torch.where(goes, length / torch.where(goes, by, 1.0), 0.0)
+        alpha = alpha if self.group["maximize"] else -alpha
+        beta = None
+        if self.group["weight_decay"]:
+            beta = 1 - length * self.group["weight_decay"]
+            beta = beta if finite is None else torch.where(finite, beta, 1.0)
+        if self.fused:
+            step = _fused_normalizedgd
+        elif self.group["differentiable"] or self.group["foreach"] is False:
+            step = _single_tensor_normalizedgd
+        else:
+            step = _multi_tensor_normalizedgd
+        directions = self.buffers or self.grads
+        if finite is not None and not self.fused:  # 0 times infinity would be NaN
+            directions = [torch.where(finite, direction, 0.0) for direction in directions]
+        step(self.params, directions, alpha, beta)
+
+
+def _shares(group: dict[str, Any], params: list[Tensor], grads: list[Tensor], buffers: list[Tensor]) -> list[_Share]:
+    """Cut what a group has into shares, one for each device."""
+    if not params:
+        return []
+    lists, whole = [params, grads, buffers], None
+    if sharded.is_sharded(params):
+        lists, whole = [sharded.local(tensors, params) for tensors in lists], params
+    if any(map(torch.is_complex, params)):
+        lists = [[torch.view_as_real(each) if each.is_complex() else each for each in tensors] for tensors in lists]
+    devices = {each.device for each in lists[0]}
+    if len(devices) == 1:
+        return [_Share(group, _fused(group, devices.pop()), whole, *lists)]
+    shares = []
+    for device in sorted(devices, key=str):
+        here = [index for index, each in enumerate(lists[0]) if each.device == device]
+        parts = [[tensors[index] for index in here] if tensors else [] for tensors in lists]
+        shares.append(_Share(group, _fused(group, device), whole and [whole[index] for index in here], *parts))
+    return shares
+
+
+def _fused(group: dict[str, Any], device: torch.device) -> bool:
+    """Whether the compiled kernels do the step."""
+    if group["fused"]:
+        if ops.backend(device) != "native":
+            raise RuntimeError(f"`fused=True` needs compiled kernels for {device.type}: see `torchflat doctor`")
+        return True
+    free = group["fused"] is None and group["foreach"] is None and not group["differentiable"]
+    return free and not torch.compiler.is_compiling() and ops.backend(device) == "native"
+
+
+def _total(norms: Sequence[Tensor]) -> Tensor:
+    """Return the norm of everything whose norms are given, a 0-dim tensor."""
+    first, *others = norms
+    total: Tensor = torch.linalg.vector_norm(torch.cat([first, *(each.to(first.device) for each in others)]))
+    return total
+
+
+# x ← beta·x + alpha·d for each tensor x and its direction d: alpha is 0-dim or one for each, (k,); beta None means 1.
+
+
+def _single_tensor_normalizedgd(
+    params: list[Tensor], directions: list[Tensor], alpha: Tensor, beta: Tensor | None
+) -> None:
+    for p, direction, factor in zip(params, directions, alpha.expand(len(params)), strict=True):
+        if beta is not None:
+            p.mul_(beta)
+        p.add_(factor * direction)
+
+
+def _multi_tensor_normalizedgd(
+    params: list[Tensor], directions: list[Tensor], alpha: Tensor, beta: Tensor | None
+) -> None:
+    if beta is not None:
+        torch._foreach_mul_(params, beta)
+    factors = alpha if alpha.dim() == 0 else list(alpha)
+    torch._foreach_add_(params, torch._foreach_mul(directions, factors))
+
+
+def _fused_normalizedgd(params: list[Tensor], directions: list[Tensor], alpha: Tensor, beta: Tensor | None) -> None:
+    beta = torch.ones(1, dtype=torch.float64, device=alpha.device) if beta is None else beta.reshape(1)
+    ops.axpby_(params, directions, alpha.reshape(-1), beta)
