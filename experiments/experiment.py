@@ -40,7 +40,10 @@ except ModuleNotFoundError:  # Python 3.10
 
 __all__ = ["CONFIGS", "NAMES", "Experiment", "conduct", "configure", "load", "redraw"]
 
-NAMES = ("flat_gd",)
+NAMES = (
+    "flat_gd",
+    "scalar_networks",
+)
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
