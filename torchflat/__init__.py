@@ -1,6 +1,6 @@
 """torchflat: how sharp is the minimum that a network was trained to, in numbers that carry an interval."""
 
-from torchflat import symmetry
+from torchflat import optim, symmetry
 from torchflat.audit.report import Report
 from torchflat.audit.run import audit
 from torchflat.audit.task import Task
@@ -26,6 +26,7 @@ __all__ = [
     "eigenpairs",
     "is_flat_against",
     "level_distance",
+    "optim",
     "sampling_interval",
     "sharpness",
     "spectral_density",

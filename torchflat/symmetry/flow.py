@@ -20,6 +20,8 @@ __all__ = ["Flow", "flow"]
 
 # A step may change the length by these factors.
 SHRINK, GROW, SAFETY = 0.2, 4.0, 0.9
+# Error of C by rounding, relative to |x|²: a flow that starts near C = 0 cannot be followed more accurately.
+ROUNDING = 2.0**-48
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ def _integrated(
     times, energies = [0.0], [energy(x)]
     size = float(group.imbalance(x[None]).norm())
     length = min(t, 0.1 / size) if size else t
+    allowed = 15 * (rtol * size + ROUNDING * float(x @ x))
     for _ in range(steps):
         left = t - times[-1]
         if left <= 0 or size == 0:
@@ -118,7 +121,7 @@ def _integrated(
         length = min(length, left)
         half = _step(group, _step(group, x, length / 2), length / 2)
         whole = group.imbalance(_step(group, x, length)[None])
-        error = float((group.imbalance(half[None]) - whole).norm()) / (15 * rtol * size)
+        error = float((group.imbalance(half[None]) - whole).norm()) / allowed
         if error <= 1:
             x = half
             times.append(t if length == left else times[-1] + length)
