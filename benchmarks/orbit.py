@@ -53,12 +53,12 @@ def runs(name: str, rows: int, curvature: str, starts: int, done: set[tuple[Any,
     if not left:
         return
     f, found = loaded(name, rows)
-    group = Group(found.couplings, f.layout)
+    group = Group(found.couplings, f.layout, f.buffers)
     for start in left:
         source = torch.Generator().manual_seed(start)
         z = (2 * torch.rand(group.size, generator=source, dtype=torch.float64) - 1) * (start > 0)
         began = time.perf_counter()
-        answer = flattest(f.at(group.act(f.x[None], z)[0]), found, curvature, seed=start)
+        answer = flattest(f.at(group.move(f.x, z)), found, curvature, seed=start)
         yield {
             "network": name,
             "parameters": f.n,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,14 @@ def dicts():
         def forward(self, values):
             return {"logits": self.inner(values)}["logits"]
     return torchflat.Task(Wrapped, nn.functional.mse_loss, [{"values": X, "labels": X}], name="dicts")
+
+def normalised():
+    def network():
+        torch.manual_seed(0)
+        layers = [nn.Linear(2, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 1)]
+        return nn.Sequential(*layers).double()
+    rows = torch.randn(12, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return torchflat.Task(network, nn.functional.mse_loss, (rows, rows.prod(1, keepdim=True)), name="normalised")
 
 def pairs():
     def loss(model, batch):
@@ -114,6 +123,29 @@ def test_parameters_and_buffers_of_a_model_on_dicts(place: Path) -> None:
     written = load_file("b.safetensors")
     assert written["kept"].tolist() == [5]
     assert float(written["inner.0.weight"]) == pytest.approx(1, rel=1e-2)
+
+
+def test_a_bias_moves_about_the_mean_of_a_normalisation_which_stays(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = runpy.run_path("task.py")["normalised"]()
+    state = task.make_model().state_dict()
+    state["1.running_mean"].copy_(torch.tensor([0.5, -1.0, 2.0]))
+    state["1.running_var"].copy_(torch.tensor([0.5, 1.5, 2.0]))
+    state["0.weight"].mul_(5)
+    save_file(state, "a.safetensors")
+    assert flatten("--curvature", "gauss_newton", "--json", "-", task="task.py:normalised") == 0
+    content = found(capsys)
+    assert [row["kind"] for row in content["laws"]["couplings"]] == ["centred", "diagonal"]
+    assert content["orbit"]["status"] == "CONVERGED" and content["orbit"]["headroom"] > 1.1
+    written = load_file("b.safetensors")
+    kept = [name for name in state if name.startswith("1.running") or name == "1.num_batches_tracked"]
+    assert len(kept) == 3 and all(torch.equal(written[name], state[name]) for name in kept)
+    factor = written["0.weight"] / state["0.weight"]
+    torch.testing.assert_close(factor, factor[:, :1].expand_as(factor), rtol=1e-9, atol=0)
+    mean = state["1.running_mean"]
+    torch.testing.assert_close((written["0.bias"] - mean) / (state["0.bias"] - mean), factor[:, 0], rtol=1e-9, atol=0)
+    assert float((factor - 1).abs().max()) > 0.1
 
 
 def test_a_model_whose_inputs_are_not_in_the_data(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

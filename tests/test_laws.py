@@ -225,7 +225,7 @@ def test_no_gradient_contradicts_a_law_of_a_random_network(model: nn.Module, mod
 def test_linear_laws_of_cross_entropy() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5))
     found = laws(model, torch.randn(2, 3), loss=F.cross_entropy)
-    assert found.count == {"diagonal": 4, "full": 0, "linear": 4 + 1}
+    assert found.count == {"diagonal": 4, "centred": 0, "full": 0, "linear": 4 + 1}
     before = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     for _ in range(5):
@@ -241,7 +241,7 @@ def test_linear_laws_of_cross_entropy() -> None:
 def test_batch_norm_in_training_frees_what_comes_before_it_as_epsilon_goes() -> None:
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2))
     found = laws(model, torch.randn(4, 2, 6, 6), mode="train")
-    assert found.count == {"diagonal": 3, "full": 0, "linear": 3}
+    assert found.count == {"diagonal": 3, "centred": 0, "full": 0, "linear": 3}
     (scale,) = found.approximate
     assert scale.name == "0" and scale.size == 3 and 1e-8 < found.measured["0"] < 0.1
 

@@ -97,6 +97,27 @@ def test_more_is_conserved_where_the_batch_normalises(place: Path, capsys: pytes
     assert "as ε → 0" in capsys.readouterr().out
 
 
+def test_a_bias_before_fixed_statistics_counts_from_their_mean(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # The mean is 0 and the variance 1 in a new network; here it is not.
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+    network[1].running_mean.copy_(torch.tensor([1.0, -2.0, 3.0, 0.5]))
+    torch.save(network.state_dict(), "network.pt")
+    assert main(["laws", "network.pt", "--task", "task.py:normalised", "--json", "laws.json"]) == 0
+    rows = {row["name"]: row for row in json.loads(Path("laws.json").read_text())["couplings"]}
+    centred, plain = rows["0 → 1"], rows["1 → 3"]
+    assert (centred["kind"], centred["centres"]) == ("centred", {"0.bias": "1.running_mean"})
+    assert (plain["kind"], plain["centres"]) == ("diagonal", {})
+    w, b = network[0].weight.detach().double(), network[0].bias.detach().double()
+    writers = w.square().sum() + (b - network[1].running_mean).square().sum()
+    assert centred["writers"] == pytest.approx(float(writers) ** 0.5, rel=1e-6)
+    assert centred["readers"] == pytest.approx(2)
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[1].split()[:6] == ["0", "→", "1", "centred", "4", "4"]
+    assert "in 0 → 1 b − μ is 0.bias − 1.running_mean" in " ".join(printed.split())
+    assert all(len(line) <= 80 for line in printed.splitlines())
+
+
 def test_batches_as_dicts_give_keyword_arguments(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["laws", "--task", "task.py:dicts", "--json", "-"]) == 0
     assert [row["channels"] for row in json.loads(capsys.readouterr().out)["couplings"]] == [4]

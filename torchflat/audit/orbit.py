@@ -34,7 +34,8 @@ def find_laws(task: Task, model: nn.Module, data: Any, mode: Literal["eval", "tr
 
 def laws_part(found: Laws, model: nn.Module, mode: str = "eval") -> dict[str, Any]:
     """Return the part ``laws`` of a report."""
-    tensors = {name: p.detach() for name, p in unsharded(unwrapped(model)).named_parameters()}
+    plain = unsharded(unwrapped(model))
+    tensors = {name: tensor.detach() for name, tensor in (*plain.named_parameters(), *plain.named_buffers())}
     return {
         "mode": mode,
         "couplings": [coupling_row(coupling, tensors) for coupling in found.couplings],
@@ -51,6 +52,7 @@ def laws_part(found: Laws, model: nn.Module, mode: str = "eval") -> dict[str, An
 def coupling_row(coupling: Coupling, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return how unbalanced a coupling is: Σ|C|/(|writers|² + |readers|²), from 0, balanced, to 1, one-sided.
 
+    ``tensors`` are parameters and buffers; ``centres`` names the buffers that parameters count from.
     ``ratios`` are quantiles over channels of |writers|/|readers|: least, quarters, largest. For a full coupling the
     channels are the eigenvectors of C, so that all ratios are 1 exactly where C is 0. ``degenerate`` counts the
     channels in which one side, or both, vanish: they have no ratio, and nothing can be traded there.
@@ -65,7 +67,8 @@ def coupling_row(coupling: Coupling, tensors: Mapping[str, Tensor]) -> dict[str,
     spread = torch.quantile(ratios.log(), torch.tensor(QUANTILES, dtype=ratios.dtype)).exp() if len(ratios) else None
     return {
         "name": coupling.name,
-        "kind": coupling.kind,
+        "kind": coupling.named_kind,
+        "centres": coupling.centres,
         "channels": coupling.size,
         "laws": coupling.laws,
         "imbalance": float((writers - readers).abs().sum()) / total if total else None,

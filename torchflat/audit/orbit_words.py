@@ -67,10 +67,22 @@ def laws_sentences(laws: Mapping[str, Any] | None) -> Iterator[str]:
             worst = max(known, key=lambda row: row["imbalance"])
             said += f"; the least balanced is {worst['name']}, at {number(worst['imbalance'], 2)} of 1"
         yield f"{said}."
+        yield from _centred_sentence(rows)
     for row in laws["unknown"]:
         yield f"There is no rule for {row['operator']} (at {row['place']}): what it touches was taken to be fixed."
     for row in laws["dropped"]:
         yield f"Dropped, because a gradient contradicts it: {row['name']} (residual {number(row['residual'], 2)})."
+
+
+def _centred_sentence(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    centred = [row for row in rows if row["kind"] == "centred"]
+    if centred:
+        parameter, buffer = next(iter(centred[0]["centres"].items()))
+        yield (
+            f"In {_many(len(centred), 'coupling')} of kind centred a bias b counts from the fixed mean μ that is "
+            f"subtracted from it: |w|² + (b − μ)² − |readers|² is conserved; in {centred[0]['name']} b − μ is "
+            f"{parameter} − {buffer}."
+        )
 
 
 def coupling_cells(row: Mapping[str, Any]) -> tuple[str, str, str, str, str, str]:

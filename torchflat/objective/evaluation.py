@@ -38,6 +38,10 @@ class Term(Protocol):
     constants: Mapping[str, Tensor]
     verified: bool
 
+    @property
+    def buffers(self) -> Mapping[str, Tensor]:
+        """Those of the model, by name, which stay as they are."""
+
     def session(self) -> contextlib.AbstractContextManager[None]:
         """Make it ready to be evaluated inside the block; nothing stays changed behind it."""
 
@@ -64,6 +68,7 @@ class FunctionTerm:
         self.function, self.dtype, self.device = function, dtype, device
         self.notes: list[str] = []
         self.constants: Mapping[str, Tensor] = {}
+        self.buffers: Mapping[str, Tensor] = {}
         self.verified = True
         self._fused = True
 
@@ -136,6 +141,12 @@ class ModelTerm:
                     f"mode='train' is refused: {name} ({type(module).__name__}) mixes the rows of a batch or changes "
                     "its statistics on every pass; use mode='eval'"
                 )
+
+    @property
+    def buffers(self) -> Mapping[str, Tensor]:
+        """See :class:`Term`."""
+        mine = "model."
+        return {name.removeprefix(mine): buffer for name, buffer in self._buffers.items() if name.startswith(mine)}
 
     def _moved(self, tensor: Tensor) -> Tensor:
         moved = tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)

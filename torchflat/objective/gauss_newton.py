@@ -35,6 +35,11 @@ class GaussNewtonTerm:
         self.verified = True
         note(self, "products are those of the Gauss–Newton matrix")
 
+    @property
+    def buffers(self) -> Mapping[str, Tensor]:
+        """See :class:`Term`."""
+        return self.base.buffers
+
     def session(self) -> contextlib.AbstractContextManager[None]:
         """See :class:`Term`."""
         return self.base.session()

@@ -174,6 +174,11 @@ class Objective:
         return self._x.clone()
 
     @property
+    def buffers(self) -> dict[str, Tensor]:
+        """Those of the model by name, as they were when this was made, in its dtype; none for a function."""
+        return dict(self._term.buffers)
+
+    @property
     def rows(self) -> int:
         """Number of rows of the data, those of other ranks included (1 for a function)."""
         return self._batches.rows

@@ -28,7 +28,8 @@ class Balanced(Answer, Mapping[str, Tensor]):
 
     ``residual`` is Σ|C| over the channels that could be moved (eigenvalues of C for full couplings), divided by the sum
     of squares of the parameters in couplings, at the tensors that are returned. ``norm`` is the root of that sum, and
-    ``norm_before`` what it was. ``frozen`` names couplings and channels that were left as they are, and why.
+    ``norm_before`` what it was; a parameter that counts from a buffer is in it less that buffer. ``frozen`` names
+    couplings and channels that were left as they are, and why.
     """
 
     state_dict: Mapping[str, Tensor] = field(repr=False)
@@ -56,7 +57,8 @@ def balance(
 
     min over g of |g·x|²: convex in the log-scales of diagonal couplings, and along geodesics in full ones, so that
     every start leads there (:func:`~torchflat.symmetry.scaling.least_norm`). For one full coupling it is where
-    XᵀX = YYᵀ (T019). Balanced is not flattest: λ₁ may rise (T089).
+    XᵀX = YYᵀ (T019). A bias that counts from a fixed mean μ enters x as b − μ. Balanced is not flattest: λ₁ may rise
+    (T089).
 
     Args:
         model: any module.
@@ -82,24 +84,26 @@ def balance(
     used = {member.parameter for coupling in couplings for member in coupling.members}
     parameters = {name: p.detach() for name, p in model.named_parameters() if name in used}
     layout = Layout(tuple(parameters), tuple(p.shape for p in parameters.values()))
-    group = Group(couplings, layout)
+    group = Group(couplings, layout, dict(model.named_buffers()))
     x = torch.cat([p.reshape(-1).double().cpu() for p in parameters.values()] or [torch.empty(0).double()])
     if not bool(torch.isfinite(x).all()):
         raise NonFiniteError("the parameters hold NaN or infinity: no rescaling balances them")
-    group.freeze(x[None], "the weight")
+    offset = group.centred(x)
+    group.freeze(offset[None], "the weight")
     eps = max((torch.finfo(p.dtype).eps for p in parameters.values()), default=0.0)
     target = ULPS * eps if rtol is None else rtol
-    found = least_norm(group, x[None], group.identity(), MAX_LOG_SCALE, tolerance=min(target, 1e-12) / 4, steps=steps)
-    moved = layout.split(group.act(x[None], found.z)[0])
+    tolerance = min(target, 1e-12) / 4
+    found = least_norm(group, offset[None], group.identity(), MAX_LOG_SCALE, tolerance, steps)
+    moved = layout.split(group.move(x, found.z))
     cast = {name: part.to(p.dtype) for (name, p), part in zip(parameters.items(), moved, strict=True)}
-    after = torch.cat([part.reshape(-1).double() for part in cast.values()] or [x])
+    after = group.centred(torch.cat([part.reshape(-1).double().cpu() for part in cast.values()] or [x]))
     residual = _residual(group, after)
     return Balanced(
         state_dict=state_with(model, cast),
         log_scales=group.log_scales(found.z),
         residual=residual,
         norm=float(torch.linalg.vector_norm(after)),
-        norm_before=float(torch.linalg.vector_norm(x)),
+        norm_before=float(torch.linalg.vector_norm(offset)),
         status=Status.CONVERGED if residual <= target else Status.BUDGET,
         frozen=dict(group.frozen),
     )

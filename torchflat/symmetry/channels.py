@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,10 @@ __all__ = ["couplings"]
 
 @dataclass(frozen=True, eq=False)
 class _Slices:
-    """Slices of one parameter, by channel: slice ``place`` is multiplied by exp(exponent · z[variable])."""
+    """Slices of one parameter, by channel: slice ``place`` is multiplied by exp(exponent · z[variable]).
+
+    With a ``centre``, those of parameter − centre are.
+    """
 
     parameter: str
     axis: int | None
@@ -26,12 +29,12 @@ class _Slices:
     place: Tensor
     variable: Tensor
     exponent: Tensor
+    centre: str | None
 
     def pick(self, chosen: Tensor) -> _Slices:
         """Keep some of the records."""
-        return _Slices(
-            self.parameter, self.axis, self.entries, self.place[chosen], self.variable[chosen], self.exponent[chosen]
-        )
+        place, variable, exponent = self.place[chosen], self.variable[chosen], self.exponent[chosen]
+        return replace(self, place=place, variable=variable, exponent=exponent)
 
 
 def couplings(units: Units, solution: Solution, order: Sequence[str]) -> tuple[Coupling, ...]:
@@ -40,7 +43,10 @@ def couplings(units: Units, solution: Solution, order: Sequence[str]) -> tuple[C
     ``order`` is that of the parameters in the model; couplings come in the order of the first that they act on.
     """
     slices = [
-        part for name in order if name in units.parameters for part in _slices(name, units.parameters[name], solution)
+        part
+        for name in order
+        if name in units.parameters
+        for part in _slices(name, units.parameters[name], solution, units.centres.get(name))
     ]
     if not slices:
         return ()
@@ -58,7 +64,7 @@ def couplings(units: Units, solution: Solution, order: Sequence[str]) -> tuple[C
     return _named(found, {name: units.parameters[name].shape for name in order if name in units.parameters})
 
 
-def _slices(name: str, form: Form, solution: Solution) -> Iterator[_Slices]:
+def _slices(name: str, form: Form, solution: Solution, centre: str | None) -> Iterator[_Slices]:
     """Return the records of one parameter, by the axis along which its units vary."""
     shape = form.shape
     tables: dict[tuple[int, ...], list[tuple[Tensor, Tensor, Tensor]]] = {}
@@ -79,7 +85,7 @@ def _slices(name: str, form: Form, solution: Solution) -> Iterator[_Slices]:
             rest = [axis for axis in range(len(shape)) if axis not in axes]
             number = torch.Size(shape[axis] for axis in axes).numel()
             entries = torch.arange(shape.numel()).view(shape).permute(*axes, *rest).reshape(number, -1)
-        yield _Slices(name, axes[0] if entries is None else None, entries, where, variable, exponent)
+        yield _Slices(name, axes[0] if entries is None else None, entries, where, variable, exponent, centre)
 
 
 def _whole_first(
@@ -173,7 +179,7 @@ def _coupling(variables: Tensor, slices: Sequence[_Slices], number: int, kind: s
 
 def _member(part: _Slices, places: Tensor, channels: Tensor, exponent: float) -> Member:
     index = places if part.entries is None else part.entries[places]
-    return Member(part.parameter, part.axis, index, channels, float(exponent))
+    return Member(part.parameter, part.axis, index, channels, float(exponent), part.centre)
 
 
 def _runs(channels: Tensor, places: Tensor, size: int) -> Tensor | None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["Coupling", "Member"]
+from torchflat.errors import UsageError
+
+__all__ = ["Coupling", "Member", "centres"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,6 +21,10 @@ class Member:
     Slice ``i`` is ``index[i]`` along ``axis``; where ``axis`` is None, ``index`` is (m, e) and its rows are entries of
     the flattened parameter. Slice i belongs to channel ``channel[i]`` of the coupling, and is multiplied by
     exp(exponent · z) where that channel is rescaled by exp(z).
+
+    ``centre`` names a buffer of the parameter's shape that the network subtracts from it, and never uses otherwise:
+    then the slices of the difference are what is multiplied. Only a point has one; directions are multiplied as they
+    are, whatever the centre.
 
     >>> reader = Member("fc2.weight", 1, torch.arange(3), torch.arange(3), -1.0)
     >>> reader.slices(torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])).tolist()
@@ -30,6 +36,7 @@ class Member:
     index: Tensor
     channel: Tensor
     exponent: float
+    centre: str | None = None
 
     def slices(self, tensor: Tensor) -> Tensor:
         """Return the slices of the parameter, or of anything of its shape, as the rows of a matrix (m, e)."""
@@ -63,7 +70,10 @@ class Coupling:
     The conserved quantity, with M over all runs of all members:
 
         diagonal:  C_c = Σ exponent · |slice of channel c|²,  (size,)
-        full:      C = Σ exponent · MMᵀ,                      (size, size), symmetric.
+        full:      C = Σ exponent · MMᵀ,                      (size, size), symmetric,
+
+    where slices of members with a centre are those of parameter − centre: a bias b before batch normalisation by a
+    fixed mean μ, with the filter w and the gain γ, gives C = |w|² + (b − μ)² − γ².
 
     >>> rows = torch.arange(2)
     >>> coupling = Coupling("a → b", 2, (Member("a", 0, rows, rows, 1.0), Member("b", 1, rows, rows, -1.0)), "diagonal")
@@ -82,18 +92,48 @@ class Coupling:
         """Number of independent conserved numbers, where no channel is degenerate."""
         return self.size if self.kind == "diagonal" else self.size * (self.size + 1) // 2
 
-    def value(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Return C, in float64, of the parameters, or of anything in their shapes such as a gradient."""
-        return self.product(tensors, tensors)
+    @property
+    def centres(self) -> dict[str, str]:
+        """By parameter, the buffer from which it counts; empty but for laws of a bias before a fixed mean."""
+        return {member.parameter: member.centre for member in self.members if member.centre is not None}
 
-    def sides(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    @property
+    def named_kind(self) -> str:
+        """``kind``, or "centred" where a parameter counts from a buffer."""
+        return "centred" if self.centres else self.kind
+
+    def centred(self, point: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return ``point`` with parameter − centre, in float64, for parameters that have one.
+
+        Raises:
+            UsageError: ``point`` does not hold the buffer that is the centre.
+        """
+        moved = {name: point[name].detach().double() - c for name, c in centres([self], point).items()}
+        return {**point, **moved}
+
+    def value(self, point: Mapping[str, Tensor]) -> Tensor:
+        """Return C, in float64, at a point: parameters by name, and the buffers that are centres.
+
+        Of a direction, such as a gradient, C is ``product(direction, direction)``, which knows no centre.
+
+        Raises:
+            UsageError: ``point`` does not hold the buffer that is the centre.
+        """
+        offset = self.centred(point)
+        return self.product(offset, offset)
+
+    def sides(self, point: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return what writers and what readers add to C, which is their difference; each as C itself, and ⪰ 0."""
         members = [tuple(m for m in self.members if sign * m.exponent > 0) for sign in (1, -1)]
-        writers, readers = (replace(self, members=part).value(tensors) for part in members)
+        writers, readers = (replace(self, members=part).value(point) for part in members)
         return writers, -readers
 
     def product(self, left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tensor:
-        """Return the symmetric bilinear form whose value at (x, x) is C(x): twice this at (x, ∇f) is dC/dt, hence 0."""
+        """Return the symmetric bilinear form of C, of directions.
+
+        With θ = :meth:`centred` of the point x, its value at (θ, θ) is C(x), and twice that at (θ, ∇f) is dC/dt,
+        hence 0.
+        """
         total = torch.zeros(self.size if self.kind == "diagonal" else (self.size, self.size), dtype=torch.float64)
         for member in self.members:
             a = member.slices(left[member.parameter].detach()).double().cpu()
@@ -105,3 +145,24 @@ class Coupling:
                     mixed = first @ second.T
                     total += member.exponent / 2 * (mixed + mixed.T)
         return total
+
+
+def centres(couplings: Iterable[Coupling], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the centre of each parameter that has one, in float64, out of ``tensors`` that hold the buffers.
+
+    Raises:
+        UsageError: one is not among them, or couplings disagree on it.
+    """
+    names: dict[str, str | None] = {}
+    for member in (member for coupling in couplings for member in coupling.members):
+        if names.setdefault(member.parameter, member.centre) != member.centre:
+            raise UsageError(
+                f"couplings disagree on the centre of {member.parameter}: {names[member.parameter]} and "
+                f"{member.centre}; find the laws of one model"
+            )
+        if member.centre is not None and member.centre not in tensors:
+            raise UsageError(
+                f"the law of {member.parameter} counts it from the buffer {member.centre}, which is missing: give the "
+                "module, or a state_dict with its buffers"
+            )
+    return {name: tensors[buffer].detach().double() for name, buffer in names.items() if buffer is not None}

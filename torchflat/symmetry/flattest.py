@@ -104,6 +104,8 @@ def flattest(
 ) -> Flattest:
     """Find the rescaling g that makes λ₁ of H(g·x) = g⁻¹H(x)g⁻¹ least.
 
+    Biases that count from a buffer of f move about it (:meth:`Group.move`); buffers stay, and H moves the same.
+
     All products come from the one point x (T084). A Lanczos run gives exact products of a whole basis, and these a
     matrix of low rank below H all over the orbit (T093, :class:`LowerModel`). Its λ₁ is minimised without products, by
     quasi-Newton steps on Schatten norms of rising power; a run at its minimiser, started from its top eigenvectors,
@@ -152,7 +154,7 @@ def flattest(
             f"f has weight_decay={f.weight_decay}, and rescaling changes the L2 term: take an objective without it"
         )
     h = f.gauss_newton() if curvature == "gauss_newton" else f
-    search = _Search(h, Group(couplings_of(laws), f.layout), curvature, spectral, max_log_scale, seed)
+    search = _Search(h, Group(couplings_of(laws), f.layout, f.buffers), curvature, spectral, max_log_scale, seed)
     run = Run(f, rtol, None, confidence, budget, callback)
     answer = search.solve(run)
     if answer.status is not Status.UNCERTIFIED:
@@ -212,7 +214,7 @@ class _Search:
             self._take_up(krylov, run)
         # In the products of a run, zeros come with its rounding.
         probe = random_unit_vector(self.h.n, self.seed, "flattest/probe", self.h.dtype, self.h.device)
-        self.group.freeze(self.h.x[None], "the weight")
+        self.group.freeze(self.group.centred(self.h.x)[None], "the weight")
         self.group.freeze(self.h.products(probe[None]), "the curvature")
         return before
 
@@ -297,7 +299,7 @@ class _Search:
         return float(values.abs().max() if self.norm else values[0])
 
     def _answer(self, run: Run, before: Sharpness, settled: bool) -> Flattest:
-        x = self.group.act(self.h.x[None], self.z)[0]
+        x = self.group.move(self.h.x, self.z)
         recomputed = self._recomputed(run, x) if before.value > 0 else before
         bottom, top = self.ends
         value = max(recomputed.value, -bottom) if self.norm else recomputed.value

@@ -56,9 +56,10 @@ def flow(
     """Follow ẋ = −∇c, c = ‖C(x)‖²/4, from f's point for the time ``t``.
 
     A diagonal coupling's slices move by −exponent·C_c·slice, a full one's runs by −exponent·C·M. So the
-    flow moves along the orbit, and f stays put. It is integrated on the group: each stage of a commutator-free
-    Runge–Kutta method of order 4 acts by an element of it, so that f changes by rounding only, whatever the step.
-    The step is halved and doubled to keep the error of C below ``rtol`` of its first size.
+    flow moves along the orbit, and f stays put. (Slices of a parameter that counts from a buffer of f are those of the
+    difference.) It is integrated on the group: each stage of a commutator-free Runge–Kutta method of order 4 acts by an
+    element of it, so that f changes by rounding only, whatever the step. The step is halved and doubled to keep the
+    error of C below ``rtol`` of its first size.
 
     Args:
         f: the objective, at its point.
@@ -84,13 +85,13 @@ def flow(
     """
     if not t >= 0:
         raise UsageError(f"t={t}: it must be a number >= 0")
-    group = Group(couplings_of(laws), f.layout)
+    group = Group(couplings_of(laws), f.layout, f.buffers)
     if not group.couplings:
         raise UsageError(f"no coupling can be moved: {'; '.join(group.frozen.values()) or 'there is none'}")
     spent = f.cost
     before = sharpness(f, sharpness_rtol, seed=seed)
-    x, times, energies = _integrated(group, f.x.double().cpu(), t, rtol, steps)
-    moved = f.at(x.to(f.device, f.dtype))
+    offset, times, energies = _integrated(group, group.centred(f.x.double().cpu()), t, rtol, steps)
+    moved = f.at(group.placed(offset).to(f.device, f.dtype))
     after = sharpness(moved, sharpness_rtol, seed=seed)
     status = Status.CONVERGED if times[-1] >= t else Status.BUDGET
     if not status.ok:
@@ -100,7 +101,7 @@ def flow(
 
 
 def _rate(group: Group, x: Tensor, v: Tensor) -> float:
-    return 2 * float(group.imbalance(v[None].double()) @ group.imbalance(x[None].double()))
+    return 2 * float(group.imbalance(v[None].double()) @ group.imbalance(group.centred(x.double())[None]))
 
 
 def _integrated(

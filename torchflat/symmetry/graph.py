@@ -46,11 +46,15 @@ _CREATORS = ("full", "zeros", "new_zeros", "new_full", "zeros_like", "full_like"
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """An exported program: which inputs are trained parameters, which are numbers that stay, and what is an output."""
+    """An exported program: which inputs are trained parameters, which are numbers that stay, and what is an output.
+
+    ``buffers`` names those of ``fixed`` that are buffers of the model.
+    """
 
     program: ExportedProgram
     trained: Mapping[str, str]
     fixed: Mapping[str, Tensor | None]
+    buffers: Mapping[str, str]
     outputs: tuple[fx.Node, ...]
 
     @property
@@ -96,7 +100,10 @@ def trace(model: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any]
     # A module that is used twice is exported under the name of its last place.
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     aliases = model.named_parameters(remove_duplicate=False)
-    return _graph(program, {alias: first[id(p)] for alias, p in aliases if p.requires_grad})
+    trained = {alias: first[id(p)] for alias, p in aliases if p.requires_grad}
+    first = {id(buffer): name for name, buffer in model.named_buffers()}
+    held = {alias: first[id(buffer)] for alias, buffer in model.named_buffers(remove_duplicate=False)}
+    return _graph(program, trained, held)
 
 
 TorchErrors = (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError)
@@ -116,11 +123,14 @@ def _slow_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _graph(program: ExportedProgram, names: Mapping[str, str]) -> Graph:
+def _graph(program: ExportedProgram, names: Mapping[str, str], held: Mapping[str, str]) -> Graph:
     trained: dict[str, str] = {}
     fixed: dict[str, Tensor | None] = {}
+    buffers: dict[str, str] = {}
     for spec in program.graph_signature.input_specs:
         name = spec.arg.name
+        if spec.kind is InputKind.BUFFER and spec.target in held:
+            buffers[name] = held[spec.target]
         if spec.kind is InputKind.PARAMETER and spec.target in names:
             trained[name] = names[str(spec.target)]
         elif spec.kind is InputKind.PARAMETER or (spec.kind is InputKind.BUFFER and spec.persistent):
@@ -134,12 +144,11 @@ def _graph(program: ExportedProgram, names: Mapping[str, str]) -> Graph:
     nodes = {node.name: node for node in program.graph.nodes}
     user = [spec for spec in program.graph_signature.output_specs if spec.kind is OutputKind.USER_OUTPUT]
     outputs = tuple(nodes[spec.arg.name] for spec in user if getattr(spec.arg, "name", "") in nodes)
-    return Graph(program, trained, fixed, outputs)
+    return Graph(program, trained, fixed, buffers, outputs)
 
 
-def infer(graph: Graph, limit: bool) -> Units:
-    """Carry units through the graph; ``limit`` takes the ε of normalisations for zero."""
-    units = Units(limit=limit)
+def infer(graph: Graph, units: Units) -> None:
+    """Carry units through the graph."""
     values: dict[fx.Node, Any] = {}
     for node in graph.nodes:
         units.node = node
@@ -153,7 +162,6 @@ def infer(graph: Graph, limit: bool) -> Units:
         for form in _forms(values[node]):
             units.zero(units.form(form))
     units.close({name: graph.shape(name) for name in graph.trained.values()})
-    return units
 
 
 def _input(graph: Graph, node: fx.Node) -> Form | Weight | Tensor | float | None:

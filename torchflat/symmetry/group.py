@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchflat.errors import UsageError
 from torchflat.parameters import Layout
-from torchflat.symmetry.coupling import Coupling, Member
+from torchflat.symmetry.coupling import Coupling, Member, centres
 
 __all__ = ["Group", "HasCouplings", "couplings_of"]
 
@@ -42,8 +42,13 @@ class Group:
     exp(exponent · S). For diagonal couplings alone g(z)x = exp(Bz) ∘ x, where B (n, k) holds the exponents; it is never
     formed. f(g·x) = f(x) makes H(g·x) = g⁻¹H(x)g⁻¹ (T084).
 
-    Couplings that cannot be moved are in ``frozen``, by name, with the reason: a member lies outside the layout, or
-    there are no writers or no readers. Channels are frozen later by :meth:`freeze`. Their coordinates of z stay zero.
+    Where parameters count from ``buffers`` (:attr:`Member.centre`), the group acts about these, c in all: points move
+    by x ↦ c + g(z)(x − c), which :meth:`move` does, and :meth:`centred` gives x − c. Derivatives by x and directions
+    know no c: :meth:`act` is for these, and H(c + g(x − c)) = g⁻¹H(x)g⁻¹ all the same.
+
+    Couplings that cannot be moved are in ``frozen``, by name, with the reason: a member lies outside the layout, its
+    centre is not among the buffers, or there are no writers or no readers. Channels are frozen later by :meth:`freeze`.
+    Their coordinates of z stay zero.
 
     >>> from torchflat.symmetry.coupling import Member
     >>> rows = torch.arange(2)
@@ -56,12 +61,14 @@ class Group:
     [1.0, -5.0]
     """
 
-    def __init__(self, couplings: Sequence[Coupling], layout: Layout) -> None:
-        self.layout = layout
+    def __init__(
+        self, couplings: Sequence[Coupling], layout: Layout, buffers: Mapping[str, Tensor] | None = None
+    ) -> None:
+        self.layout, buffers = layout, buffers or {}
         self.frozen: dict[str, str] = {}
         self.couplings: list[Coupling] = []
         for coupling in couplings:
-            reason = _immovable(coupling, layout)
+            reason = _immovable(coupling, layout, buffers)
             if reason:
                 self.frozen[coupling.name] = reason
             else:
@@ -73,6 +80,7 @@ class Group:
         self.free = torch.ones(self.size, dtype=torch.float64)
         self._places = layout.slices()
         self._shapes = dict(zip(layout.names, layout.shapes, strict=True))
+        self._centres = centres(self.couplings, buffers)
 
     @property
     def diagonal(self) -> bool:
@@ -85,8 +93,29 @@ class Group:
 
     # Acting ----------------------------------------------------------------------------------------------------------
 
+    def centred(self, x: Tensor) -> Tensor:
+        """Return x − c for a point x, (n,): what the group acts on, and whose C is conserved."""
+        return self._from_centres(x, -1.0)
+
+    def move(self, x: Tensor, z: Tensor) -> Tensor:
+        """Return the point c + g(z)(x − c), (n,), where f is what it is at x."""
+        return self.placed(self.act(self.centred(x)[None], z)[0])
+
+    def placed(self, offset: Tensor) -> Tensor:
+        """Return the point that :meth:`centred` takes to ``offset``."""
+        return self._from_centres(offset, 1.0)
+
+    def _from_centres(self, x: Tensor, sign: float) -> Tensor:
+        moved = x.clone() if self._centres else x
+        for name, centre in self._centres.items():
+            moved[self._places[name]] += sign * centre.reshape(-1).to(x.device, x.dtype)
+        return moved
+
     def act(self, rows: Tensor, z: Tensor, inverse: bool = False) -> Tensor:
-        """Return g(z), or its inverse, applied to each row of ``rows`` (m, n): x moves by g, its gradient by g⁻¹."""
+        """Return g(z), or its inverse, applied to each row of ``rows`` (m, n): x − c moves by g, its gradient by g⁻¹.
+
+        A direction moves as x − c does; for points there is :meth:`move`.
+        """
         moved = torch.empty_like(rows)
         for place, piece in self.pieces(rows, z, inverse):
             moved[:, place] = piece
@@ -110,7 +139,10 @@ class Group:
                 yield columns, rows[:, columns] * factors[columns]
 
     def imbalance(self, rows: Tensor) -> Tensor:
-        """Return C = Σ C(v) over the rows v, (k,), in the coordinates of z: −2C is the gradient of Σ|g(z)⁻¹v|² at 0."""
+        """Return C = Σ C(v) over the rows v, (k,), in the coordinates of z: −2C is the gradient of Σ|g(z)⁻¹v|² at 0.
+
+        Of a point, that of v = :meth:`centred` is conserved.
+        """
         return self.imbalance_of(rows.square().sum(0, dtype=torch.float64), rows)
 
     def imbalance_of(self, squares: Tensor, rows: Tensor | None) -> Tensor:
@@ -219,6 +251,7 @@ class Group:
     def freeze(self, rows: Tensor, what: str) -> None:
         """Freeze what the squares of ``rows`` (m, n) give no finite minimum: writers, readers or both are zero there.
 
+        For a point the row is :meth:`centred`.
         ``what`` says of what they are zero, for the reason.
         """
         squares = rows.square().sum(0, dtype=torch.float64)
@@ -313,10 +346,13 @@ def _reading(member: Member) -> float:
     return max(-member.exponent, 0.0)
 
 
-def _immovable(coupling: Coupling, layout: Layout) -> str | None:
+def _immovable(coupling: Coupling, layout: Layout, buffers: Mapping[str, Tensor]) -> str | None:
     outside = [member.parameter for member in coupling.members if member.parameter not in layout.names]
     if outside:
         return f"{', '.join(dict.fromkeys(outside))} is not among the parameters of the objective"
+    missing = [centre for centre in coupling.centres.values() if centre not in buffers]
+    if missing:
+        return f"{', '.join(missing)}, which it counts from, is not among the buffers of the objective"
     if not any(map(_writing, coupling.members)):
         return "nothing writes it: the least is at infinity"
     if not any(map(_reading, coupling.members)):

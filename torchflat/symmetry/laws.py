@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from torchflat.errors import UsageError, did_you_mean
 from torchflat.symmetry.channels import couplings as couplings_of
-from torchflat.symmetry.coupling import Coupling, Member
+from torchflat.symmetry.coupling import Coupling, Member, centres
+from torchflat.symmetry.fixed_means import FixedMeans, fixed_means
 from torchflat.symmetry.graph import Graph, infer, trace
 from torchflat.symmetry.linear import LinearLaw
 from torchflat.symmetry.shifts import linear_laws
 from torchflat.symmetry.state import state_with
+from torchflat.symmetry.units import Units
 from torchflat.symmetry.verify import TOLERANCE, gradients, noise, relative
 
 __all__ = ["Laws", "laws"]
@@ -46,10 +48,13 @@ class Laws:
 
     @property
     def count(self) -> dict[str, int]:
-        """Number of independent conserved numbers by kind, of those that hold exactly."""
-        total = {"diagonal": 0, "full": 0, "linear": sum(law.laws for law in self.linear)}
+        """Number of independent conserved numbers by kind, of those that hold exactly.
+
+        Diagonal ones in which a bias counts from a fixed mean have a kind of their own, "centred".
+        """
+        total = {"diagonal": 0, "centred": 0, "full": 0, "linear": sum(law.laws for law in self.linear)}
         for coupling in self.couplings:
-            total[coupling.kind] += coupling.laws
+            total[coupling.named_kind] += coupling.laws
         return total
 
     @property
@@ -68,7 +73,13 @@ class Laws:
         raise UsageError(f"no coupling is called {name!r}{did_you_mean(name, [c.name for c in self.couplings])}")
 
     def values(self, model: nn.Module | Tensors | Tensor) -> dict[str, Tensor]:
-        """Return all conserved numbers by name, in float64, of a model or of tensors in its parameters' shapes."""
+        """Return all conserved numbers by name, in float64, of a model, or of a state_dict.
+
+        Where a bias counts from a buffer (``Coupling.centres``), that is the one of the same model or state_dict.
+
+        Raises:
+            UsageError: the tensors given lack that buffer.
+        """
         tensors = _tensors(model)
         return {law.name: law.value(tensors) for law in self._exact}
 
@@ -80,7 +91,10 @@ class Laws:
     def residuals(
         self, model: nn.Module | Tensors | Tensor, gradient: Tensors | Tensor | None = None
     ) -> dict[str, float]:
-        """Return |θᵀAg| / Σ|θ||Ag| of each law, the largest of its numbers; without ``gradient``, that in ``.grad``."""
+        """Return |θᵀAg| / Σ|θ||Ag| of each law, the largest of its numbers; without ``gradient``, that in ``.grad``.
+
+        θ are the parameters of the model or state_dict, less the buffers of it that they count from.
+        """
         if gradient is None:
             if not isinstance(model, nn.Module):
                 raise UsageError("residuals: give the gradients, or a module that has them in .grad")
@@ -91,6 +105,8 @@ class Laws:
 
     def act(self, model: nn.Module, log_scales: Mapping[str, Tensor] | Tensor) -> dict[str, Tensor]:
         """Return the state_dict of the network moved along its orbit, which computes the same function.
+
+        Buffers stay. A bias b that counts from a buffer μ goes to μ + exp(exponent · z)(b − μ).
 
         Args:
             model: left as it is.
@@ -105,15 +121,24 @@ class Laws:
         return state_with(model, self.moved(_tensors(model), log_scales))
 
     def moved(self, tensors: Mapping[str, Tensor], log_scales: Mapping[str, Tensor] | Tensor) -> dict[str, Tensor]:
-        """Do what :meth:`act` does to tensors by name, and return new ones for those that change."""
+        """Do what :meth:`act` does to tensors by name, and return new ones for those that change.
+
+        Raises:
+            UsageError: as there, or the tensors lack a buffer that a parameter counts from.
+        """
         scales = self._by_name(log_scales)
         result = dict(tensors)
+        offsets = centres([self[name] for name in scales], tensors)
+        for parameter, centre in offsets.items():
+            result[parameter] = tensors[parameter].double() - centre
         for name, z in scales.items():
             for member in self[name].members:
                 rows = member.slices(result[member.parameter])
                 result[member.parameter] = member.with_slices(
                     result[member.parameter], _scaled(self[name], member, rows, z.to(rows))
                 )
+        for parameter, centre in offsets.items():
+            result[parameter] = (result[parameter] + centre).to(tensors[parameter].dtype)
         return result
 
     def _by_name(self, log_scales: Mapping[str, Tensor] | Tensor) -> dict[str, Tensor]:
@@ -196,12 +221,14 @@ class Laws:
         """Return a table of the laws in words: what is coupled, how many channels, what is conserved."""
         rows = [("law", "kind", "channels", "laws", "")]
         for coupling in self.couplings:
-            rows.append((coupling.name, coupling.kind, str(coupling.size), str(coupling.laws), ""))
+            counted = ", ".join(f"{parameter} − {centre}" for parameter, centre in coupling.centres.items())
+            note = f"with {counted}" if counted else ""
+            rows.append((coupling.name, coupling.named_kind, str(coupling.size), str(coupling.laws), note))
         for law in self.linear:
             rows.append((law.name, "linear", str(law.size), str(law.laws), ""))
         for coupling in self.approximate:
             note = f"as ε → 0; here to {self.measured[coupling.name]:.0e}"
-            rows.append((coupling.name, coupling.kind, str(coupling.size), str(coupling.laws), note))
+            rows.append((coupling.name, coupling.named_kind, str(coupling.size), str(coupling.laws), note))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         for name, residual in self.dropped.items():
@@ -220,7 +247,7 @@ def _scaled(coupling: Coupling, member: Member, rows: Tensor, z: Tensor) -> Tens
 
 def _tensors(model: nn.Module | Tensors | Tensor) -> Mapping[str, Tensor]:
     if isinstance(model, nn.Module):
-        return {name: parameter.detach() for name, parameter in model.named_parameters()}
+        return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     return {"x": model} if isinstance(model, Tensor) else model
 
 
@@ -237,7 +264,8 @@ def laws(
     A law is a rescaling of the parameters, by channel or by an invertible matrix, that leaves every output as it is
     whatever the input, with buffers fixed. Each entry of every tensor of the exported ATen graph gets an unknown
     log-scale, each operator its rule says which equations these obey, inputs, buffers and outputs are pinned to 0, and
-    the solutions are the group.
+    the solutions are the group. A bias that nothing sees but batch normalisation with a fixed mean is rescaled about
+    that mean.
 
     Args:
         model: left as it is. Parameters that do not require grad are taken for constants.
@@ -265,8 +293,9 @@ def laws(
         )
     along = _class_axis(loss)
     graph = trace(model, inputs, keywords, mode)
-    scalings, unknown = _inferred(graph, limit=False)
-    approximate = _beyond(_inferred(graph, limit=True)[0], scalings)
+    means = fixed_means(graph)
+    scalings, unknown = _inferred(graph, means, limit=False)
+    approximate = _beyond(_inferred(graph, means, limit=True)[0], scalings)
     exact: list[Law] = [*scalings, *linear_laws(graph, along)]
 
     def residuals(promised: Sequence[Law], limit: bool) -> dict[str, float]:
@@ -292,10 +321,10 @@ def laws(
 def _largest(promised: Sequence[Law], passes: Iterable[tuple[Tensors, Tensors]]) -> dict[str, float]:
     """Return the largest relative residual of each law."""
     largest = {law.name: 0.0 for law in promised}
-    for parameters, gradient in passes:
+    for point, gradient in passes:
         floor = noise(gradient)
         for law in promised:
-            largest[law.name] = max(largest[law.name], relative(law, parameters, gradient, floor))
+            largest[law.name] = max(largest[law.name], relative(law, point, gradient, floor))
     return largest
 
 
@@ -316,8 +345,9 @@ def _arguments(example: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     return (tuple(example), {}) if isinstance(example, (tuple, list)) else ((example,), {})
 
 
-def _inferred(graph: Graph, limit: bool) -> tuple[tuple[Coupling, ...], Mapping[str, str]]:
-    units = infer(graph, limit)
+def _inferred(graph: Graph, means: FixedMeans, limit: bool) -> tuple[tuple[Coupling, ...], Mapping[str, str]]:
+    units = Units(limit, means.centres, means.calls)
+    infer(graph, units)
     return couplings_of(units, units.equations.solve(), graph.parameters), units.unknown
 
 
@@ -336,5 +366,7 @@ def _signature(coupling: Coupling) -> tuple[Any, ...]:
     return (
         coupling.kind,
         coupling.size,
-        tuple((m.parameter, m.axis, m.exponent, m.index.sum().item(), m.index.numel()) for m in coupling.members),
+        tuple(
+            (m.parameter, m.axis, m.exponent, m.centre, m.index.sum().item(), m.index.numel()) for m in coupling.members
+        ),
     )

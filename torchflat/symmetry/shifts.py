@@ -16,7 +16,7 @@ from torchflat.symmetry.harmless import Harmless, identified
 from torchflat.symmetry.linear import LinearLaw
 from torchflat.symmetry.units import RULES, Units
 
-__all__ = ["linear_laws"]
+__all__ = ["carried", "carries", "linear_laws"]
 
 # Where a layer takes what it does nothing with but add it, along axis 1, or along the last ones.
 _CHANNEL_BIAS = {
@@ -45,7 +45,7 @@ def linear_laws(graph: Graph, along: int | None) -> tuple[LinearLaw, ...]:
         if node.op == "placeholder":
             forms[node] = _shift_of(graph, harmless, units, node)
         elif node.op == "call_function":
-            forms[node] = _carried(units, node, forms)
+            forms[node] = carried(units, node, forms)
         if isinstance(forms.get(node), Form) and forms[node].terms:
             forms[node] = _checked(units, node, forms[node], harmless)
     found = couplings(units, units.equations.solve(), graph.parameters)
@@ -101,13 +101,13 @@ def _final_users(node: fx.Node) -> set[str]:
     return found
 
 
-def _carried(units: Units, node: fx.Node, forms: dict[fx.Node, Any]) -> Any:
+def carried(units: Units, node: fx.Node, forms: dict[fx.Node, Any]) -> Any:
     """Carry the shift of what was added through sums and views, and end it elsewhere."""
     name, value = operator(node), node.meta.get("val")
     if name == "" and getattr(node.target, "__name__", "") == "getitem":
         return forms[arguments(node)[0]][arguments(node)[1]]
     sources = [source for source in node.all_input_nodes if isinstance(forms.get(source), Form)]
-    if any(_carries(node, source) for source in sources if forms[source].terms):
+    if any(carries(node, source) for source in sources if forms[source].terms):
         return _sum(units, node, forms)
     return [_still(item) for item in value] if isinstance(value, (list, tuple)) else _still(value)
 
@@ -149,9 +149,7 @@ def _expanded(form: Any, meta: Any) -> Any:
 
 def _checked(units: Units, node: fx.Node, form: Form, harmless: Harmless) -> Form:
     """Demand that a shift is harmless to those users that do not carry it on; return the simplest form of it."""
-    edges = [
-        harmless.edge(user, node) for user in node.users if user.op == "call_function" and not _carries(user, node)
-    ]
+    edges = [harmless.edge(user, node) for user in node.users if user.op == "call_function" and not carries(user, node)]
     if node in harmless.outputs:
         edges.append(harmless.output(node.meta["val"]))
     if not edges:
@@ -166,8 +164,8 @@ def _checked(units: Units, node: fx.Node, form: Form, harmless: Harmless) -> For
     return pattern
 
 
-def _carries(user: fx.Node, source: fx.Node) -> bool:
-    """Tell whether :func:`_sum` takes a shift of ``source`` to one of ``user``."""
+def carries(user: fx.Node, source: fx.Node) -> bool:
+    """Tell whether :func:`carried` takes a shift of ``source`` to one of ``user``."""
     name = operator(user)
     if recentred(user, source) is not None or (name == "index" and not looks_up_rows(user)):
         return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,10 +60,13 @@ class Weight:
 class Units:
     """What the rules share: equations, the mixing partition, and the units of the parameters as they come to be known.
 
-    ``limit`` takes the ε of normalisations for zero. ``node`` is the call that is being interpreted.
+    ``limit`` takes the ε of normalisations for zero. ``centres`` names the fixed means that biases count from, and
+    ``subtracting`` the calls that subtract these. ``node`` is the call that is being interpreted.
     """
 
     limit: bool = False
+    centres: Mapping[str, str] = field(default_factory=dict)
+    subtracting: frozenset[fx.Node] = frozenset()
     equations: Equations = field(default_factory=Equations)
     mixing: Mixing = field(default_factory=Mixing)
     parameters: dict[str, Form] = field(default_factory=dict)

@@ -38,9 +38,10 @@ def gradients(
     seed: int = 0,
     limit: bool = False,
 ) -> Passes:
-    """Yield (parameters, gradients) of ⟨random cotangent, output⟩ for random inputs, at the model and at points near.
+    """Yield (point, gradients) of ⟨random cotangent, output⟩ for random inputs, at the model and at points near.
 
-    The first point is the model's own; at the others parameters and buffers are perturbed by about a tenth. Inputs are
+    A point holds parameters and buffers by name. The first is the model's own; at the others they are perturbed by
+    about a tenth. Inputs are
     normal where they are floating, and from the range of the example where they are integers. ``along`` is an axis of
     the output over which cotangents sum to zero, as the gradients of a loss do that shifts along it leave alone.
     ``limit`` takes the ε of all modules that have one next to zero.
@@ -68,7 +69,8 @@ def gradients(
                 raise UsageError("the output does not depend on any parameter that requires grad")
             cotangents = [_centred(torch.randn_like(leaf), along) for leaf in leaves]
             found = torch.autograd.grad(leaves, list(parameters.values()), cotangents, materialize_grads=True)
-            yield {k: v.detach() for k, v in parameters.items()}, dict(zip(parameters, found, strict=True))
+            state = {k: v.detach() for k, v in parameters.items()} | buffers
+            yield state, dict(zip(parameters, found, strict=True))
 
 
 @contextlib.contextmanager
@@ -117,18 +119,20 @@ def noise(gradient: Mapping[str, Tensor]) -> float:
 
 
 def relative(
-    law: Coupling | LinearLaw, parameters: Mapping[str, Tensor], gradient: Mapping[str, Tensor], floor: float
+    law: Coupling | LinearLaw, point: Mapping[str, Tensor], gradient: Mapping[str, Tensor], floor: float
 ) -> float:
     """Return the largest |θᵀAg| / Σ|θ||Ag| of a coupling, |aᵀg| / Σ|a||g| of a linear law; 0 where it moves nothing.
 
-    ``floor`` is added to |g| below the line, as :func:`noise` gives it.
+    θ are the parameters of the point, less their centres. ``floor`` is added to |g| below the line, as :func:`noise`
+    gives it.
     """
     members = tuple(Member(m.parameter, m.axis, m.index, m.channel, abs(m.exponent)) for m in law.members)
     sizes = {m.parameter: gradient[m.parameter].detach().abs() + floor for m in members}
     if isinstance(law, LinearLaw):
         number, scale = law.value(gradient), LinearLaw(law.name, law.size, members).value(sizes)
     else:
-        absolute = {m.parameter: parameters[m.parameter].detach().abs() for m in members}
-        number = law.product(parameters, gradient)
+        offset = law.centred(point)
+        absolute = {m.parameter: offset[m.parameter].detach().abs() for m in members}
+        number = law.product(offset, gradient)
         scale = Coupling(law.name, law.size, members, law.kind).product(absolute, sizes)
     return float(torch.where(scale > 0, number.abs() / scale, 0.0).max())

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from torchflat.symmetry.forms import Form
-from torchflat.symmetry.units import Units, rule
+from torchflat.symmetry.units import Units, Weight, rule
 
 __all__: list[str] = []
 
@@ -19,10 +21,14 @@ def _normalise(u: Units, x: Form, together: set[int], eps: float | None) -> None
         u.zero(x)
 
 
-def _affine(u: Units, shape: Sequence[int], gain: Form | None, bias: Form | None, axes: Sequence[int]) -> Form:
-    """Return the units of gain · (entries without units) + bias, both given along ``axes``."""
-    sizes = [size if axis in axes else 1 for axis, size in enumerate(shape)]
-    out = Form(sizes) if gain is None else u.separate(gain).map(lambda labels: labels.reshape(sizes), sizes)  # type: ignore[arg-type]
+def _affine(
+    u: Units, shape: Sequence[int], gain: Form | None, bias: Form | None, axes: Sequence[int], x: Form | None = None
+) -> Form:
+    """Return the units of gain · x + bias, all given along ``axes``; by default x has none."""
+    sizes = torch.Size(size if axis in axes else 1 for axis, size in enumerate(shape))
+    out = x or Form(sizes)
+    if gain is not None:
+        out = out + u.separate(gain).map(lambda labels: labels.reshape(sizes), sizes)
     if bias is not None:
         out = u.equal(out, bias.map(lambda labels: labels.reshape(sizes), sizes))
     return out.expand(shape)
@@ -86,7 +92,19 @@ def _batch_norm(u: Units, x: Form, gain: Form | None, bias: Form | None, *rest: 
     return _affine(u, x.shape, gain, bias, [1]), None, None, None, None
 
 
-@rule("_native_batch_norm_legit_no_training")
-def _batch_norm_eval(u: Units, x: Form, gain: Form | None, bias: Form | None, *_: Any) -> tuple[Form, None, None]:
-    u.zero(x)
-    return _affine(u, x.shape, gain, bias, [1]), None, None
+@rule("_native_batch_norm_legit_no_training", lazy=True)
+def _batch_norm_eval(
+    u: Units, x: Form | Weight, gain: Form | Weight | None, bias: Form | Weight | None, *_: Any
+) -> tuple[Form, None, None]:
+    """Take x to γ(x − μ)/σ + β: x must stay, but where a bias in it counts from μ, and x − μ has the units of x."""
+    x, bias = u.form(x), None if bias is None else u.form(bias)
+    shape, offset = x.shape, None
+    if u.node in u.subtracting:
+        offset = u.alike(u.separate(x), set(range(len(shape))) - {1})
+        if isinstance(gain, Weight) and u.known(gain) is None:
+            # What fits, in place of an equation of three terms: γ reads x − μ, and writes what β does.
+            out = u.fresh(gain.shape) if bias is None else bias
+            u.assign(gain, out - offset.map(lambda labels: labels.reshape(-1), gain.shape))
+    else:
+        u.zero(x)
+    return _affine(u, shape, None if gain is None else u.form(gain), bias, [1], offset), None, None
