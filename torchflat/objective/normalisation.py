@@ -34,7 +34,7 @@ class PlainNormalisation(TorchFunctionMode):
         return _PLAIN.get(func, func)(*args, **(kwargs or {}))
 
 
-def _normalised(x: Tensor, axes: Sequence[int], eps: float) -> Tensor:
+def _normalised(x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
     centred = x - x.mean(axes, keepdim=True)
     return centred * (centred.square().mean(axes, keepdim=True) + eps).rsqrt()
 
