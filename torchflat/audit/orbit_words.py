@@ -28,6 +28,9 @@ def orbit_sentences(orbit: Mapping[str, Any] | None) -> Iterator[str]:
         )
     else:
         yield f"Rescaling explains next to nothing of this sharpness (a factor {factor}): {where}."
+    if orbit.get("before_from") == "orbit":
+        before, interval = span(orbit["before"]["value"], orbit["before"]["lower"], orbit["before"]["upper"])
+        yield f"λ₁ without rescaling is {before} {interval}, as the search for λ₁★ measured it on its way."
     yield _proof(orbit)
     if orbit["attained"] is False:
         yield (

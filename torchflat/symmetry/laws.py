@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torchflat.errors import UsageError, did_you_mean
+from torchflat.errors import LawsError, UsageError, did_you_mean
 from torchflat.symmetry.channels import couplings as couplings_of
 from torchflat.symmetry.coupling import Coupling, Member
 from torchflat.symmetry.graph import Graph, infer, trace
@@ -249,7 +249,8 @@ def laws(
         seed: of inputs, cotangents and perturbations.
 
     Raises:
-        UsageError: ``mode`` is neither; ``loss`` is another; the model cannot be exported; nothing requires grad.
+        UsageError: ``mode`` is neither; ``loss`` is another.
+        LawsError: the model cannot be exported, or copied; nothing requires grad.
 
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> print(laws(model, torch.zeros(1, 3)).describe())
@@ -260,9 +261,7 @@ def laws(
         raise UsageError(f"mode={mode!r}: laws are those of mode='eval' or of mode='train'")
     inputs, keywords = _arguments(example_input)
     if not any(p.requires_grad for p in model.parameters()):
-        raise UsageError(
-            "no parameter requires grad, so that nothing can be conserved: unfreeze those that are trained"
-        )
+        raise LawsError("no parameter requires grad, so that nothing can be conserved: unfreeze those that are trained")
     along = _class_axis(loss)
     graph = trace(model, inputs, keywords, mode)
     scalings, unknown = _inferred(graph, limit=False)
