@@ -14,6 +14,7 @@ from torchflat.symmetry.channels import couplings as couplings_of
 from torchflat.symmetry.coupling import Coupling, Member
 from torchflat.symmetry.graph import Graph, infer, trace
 from torchflat.symmetry.linear import LinearLaw
+from torchflat.symmetry.modulo import modulo
 from torchflat.symmetry.shifts import linear_laws
 from torchflat.symmetry.state import state_with
 from torchflat.symmetry.verify import TOLERANCE, gradients, noise, relative
@@ -31,8 +32,10 @@ _LIMIT_TOLERANCE = 1e-3
 class Laws:
     """Quantities that gradient flow conserves on any data, and the rescalings of the parameters that belong to them.
 
-    ``couplings`` and ``linear`` hold exactly. ``approximate`` do so only as the ε of normalisations goes to 0, and
-    ``measured`` says by how much gradients of this network contradict them, relative to what they are made of.
+    ``couplings`` and ``linear`` hold exactly. ``approximate``, a basis of what there is besides, do so only as the ε of
+    normalisations goes to 0. ``measured`` says by how much gradients of this network, on normal inputs, contradict
+    them, relative to what they are made of: about ε over the smallest variance that is normalised. Near 1 they do not
+    hold here at all, as in a network at its initialisation whose activations have a variance below ε.
     ``unknown`` names the operators without a rule that stopped the inference at the places it names, and ``dropped``
     the laws that the graph promised and a gradient contradicted, which is a defect of a rule.
     """
@@ -265,7 +268,8 @@ def laws(
     along = _class_axis(loss)
     graph = trace(model, inputs, keywords, mode)
     scalings, unknown = _inferred(graph, limit=False)
-    approximate = _beyond(_inferred(graph, limit=True)[0], scalings)
+    shapes = {name: graph.shape(name) for name in graph.parameters}
+    approximate = _beyond(_inferred(graph, limit=True)[0], scalings, shapes)
     exact: list[Law] = [*scalings, *linear_laws(graph, along)]
 
     def residuals(promised: Sequence[Law], limit: bool) -> dict[str, float]:
@@ -320,15 +324,15 @@ def _inferred(graph: Graph, limit: bool) -> tuple[tuple[Coupling, ...], Mapping[
     return couplings_of(units, units.equations.solve(), graph.parameters), units.unknown
 
 
-def _beyond(limit: Sequence[Coupling], exact: Sequence[Coupling]) -> list[Coupling]:
-    """Return those couplings of ``limit`` that are not in ``exact``."""
-    known = {_signature(coupling) for coupling in exact}
+def _beyond(limit: Sequence[Coupling], exact: Sequence[Coupling], shapes: Mapping[str, torch.Size]) -> list[Coupling]:
+    """Return a basis of what is in ``limit`` modulo ``exact``, which it contains."""
+    known, in_limit = {_signature(coupling) for coupling in exact}, {_signature(coupling) for coupling in limit}
+    more = [coupling for coupling in limit if _signature(coupling) not in known]
+    if not known <= in_limit:
+        # Other variables are free in the limit, so that an exact law may be a sum of several.
+        more = modulo(more, exact, shapes)
     names = {coupling.name for coupling in exact}
-    return [
-        replace(coupling, name=f"{coupling.name} (ε → 0)") if coupling.name in names else coupling
-        for coupling in limit
-        if _signature(coupling) not in known
-    ]
+    return [replace(c, name=f"{c.name} (ε → 0)") if c.name in names else c for c in more]
 
 
 def _signature(coupling: Coupling) -> tuple[Any, ...]:
