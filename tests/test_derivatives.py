@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import network
@@ -179,6 +181,14 @@ def test_networks_agree_with_the_loss_of_all_rows_at_once(name: str) -> None:
     assert answer.sign * answer.value == pytest.approx(third, rel=1e-5)
 
 
+def test_a_network_with_layer_norm_agrees_with_differences_of_products() -> None:
+    f = network("layernorm").objective(dtype=torch.float64)
+    with pytest.warns(NotConvergedWarning, match="BUDGET"):
+        answer = derivative_norm(f, 3, starts=1, budget=8 * 4)
+    ahead, behind = (float(f.at(f.x + t * answer.vector).hvp(answer.vector) @ answer.vector) for t in (1e-4, -1e-4))
+    assert answer.sign * answer.value == pytest.approx((ahead - behind) / 2e-4, rel=1e-5)
+
+
 def test_the_ledger_books_what_nested_duals_cost() -> None:
     f = Objective.from_function(lambda x: (x**4).sum(), torch.ones(3, dtype=torch.float64))
     f.value()
@@ -282,3 +292,85 @@ def test_an_operator_without_forward_mode_is_named_with_its_cure() -> None:
         derivative_norm(f, 2)
     with pytest.raises(LossError, match="has no forward-mode derivative: give the function setup_context and jvp"):
         norm_of(lambda y: _Squared.apply(y).sum(), [1.0, 1.0], 2)
+
+
+# Operators whose forward-mode rule takes for constant what is none ----------------------------------------------------
+
+
+def _written_out(x: Tensor, axes: tuple[int, ...], scale: Tensor | float = 1.0, shift: Tensor | float = 0.0) -> Tensor:
+    centred = x - x.mean(axes, keepdim=True)
+    return centred / (centred.square().mean(axes, keepdim=True) + 1e-5).sqrt() * scale + shift
+
+
+WEIGHT, BIAS = torch.tensor([[0.7, 1.6, -1.1], [0.2, -0.4, 0.5]], dtype=torch.float64)
+COLUMN, SHIFT = WEIGHT[:, None], BIAS[:, None]
+NORMS: dict[str, tuple[Function, Function]] = {
+    "layer": (lambda h: F.layer_norm(h, (3, 4)), lambda h: _written_out(h, (-2, -1))),
+    "layer with a scale": (
+        lambda h: F.layer_norm(h.mT, (3,), WEIGHT, BIAS),
+        lambda h: _written_out(h.mT, (-1,), WEIGHT, BIAS),
+    ),
+    "torch.layer": (lambda h: torch.layer_norm(h, (4,)), lambda h: _written_out(h, (-1,))),
+    "aten.layer": (lambda h: torch.ops.aten.layer_norm.default(h, [4]), lambda h: _written_out(h, (-1,))),
+    "batch": (
+        lambda h: F.batch_norm(h, None, None, WEIGHT, BIAS, training=True),
+        lambda h: _written_out(h, (0, 2), COLUMN, SHIFT),
+    ),
+    "torch.batch": (
+        lambda h: torch.batch_norm(h, WEIGHT, BIAS, None, None, True, 0.1, 1e-5, True),
+        lambda h: _written_out(h, (0, 2), COLUMN, SHIFT),
+    ),
+    "batch as it was trained": (
+        lambda h: F.batch_norm(h, BIAS, WEIGHT**2, WEIGHT, BIAS),
+        lambda h: (h - SHIFT) / (COLUMN**2 + 1e-5).sqrt() * COLUMN + SHIFT,
+    ),
+    "instance": (nn.InstanceNorm1d(3), lambda h: _written_out(h, (2,))),
+    "torch.instance": (
+        lambda h: torch.instance_norm(h, WEIGHT, BIAS, None, None, True, 0.1, 1e-5, True),
+        lambda h: _written_out(h, (2,), COLUMN, SHIFT),
+    ),
+    "instance as it was trained": (
+        lambda h: F.instance_norm(h, BIAS, WEIGHT**2, use_input_stats=False),
+        lambda h: (h - SHIFT) / (COLUMN**2 + 1e-5).sqrt(),
+    ),
+    "group": (
+        lambda h: F.group_norm(h, 1, WEIGHT, BIAS),
+        lambda h: _written_out(h, (1, 2), COLUMN, SHIFT),
+    ),
+    "rms": (
+        lambda h: F.rms_norm(h, (4,), eps=1e-5),
+        lambda h: h / (h.square().mean(-1, keepdim=True) + 1e-5).sqrt(),
+    ),
+    "softmax": (lambda h: h.softmax(-1), lambda h: h.exp() / h.exp().sum(-1, keepdim=True)),
+    "log_softmax": (lambda h: h.log_softmax(-1), lambda h: h - h.exp().sum(-1, keepdim=True).log()),
+    "gelu": (F.gelu, lambda h: h / 2 * (1 + torch.erf(h / 2**0.5))),
+    "silu": (F.silu, lambda h: h / (1 + (-h).exp())),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_derivatives_are_those_of_the_operator_written_out(name: str, k: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    base, weights, x = (torch.randn(24, generator=generator, dtype=torch.float64) for _ in range(3))
+    kernel, plain = NORMS[name]
+
+    def loss(norm: Function) -> Function:
+        return lambda x: (norm((base * x + x.roll(1) ** 2).view(2, 3, 4)).reshape(-1) * weights).sum()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotConvergedWarning)
+        found = norm_of(loss(kernel), x, k, starts=1, budget=3 * 2**k * k)
+    line: Function = lambda t: loss(plain)(x + t * found.vector)  # noqa: E731
+    for _ in range(k):
+        line = torch.func.grad(line)
+    assert found.sign * found.value == pytest.approx(float(line(torch.zeros((), dtype=torch.float64))), rel=1e-8)
+
+
+@pytest.mark.parametrize("operator", [torch.linalg.det, lambda a: torch.linalg.solve(a, a.new_ones(2, 1)).sum()])
+def test_a_rule_that_cannot_be_differentiated_is_refused(operator: Function) -> None:
+    x = [2.0, 1.0, 0.5, 3.0]
+    with pytest.raises(LossError, match=r"off H·v by .*: torch lacks a derivative of .*; write that in plain"):
+        norm_of(lambda x: operator(x.view(2, 2)), x, 3)
+    assert norm_of(lambda x: x[0] * x[3] - x[1] * x[2], x, 2).value == pytest.approx(1)
+    assert norm_of(lambda x: operator(x.view(2, 2)), x, 1).value > 0

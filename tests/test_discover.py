@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torchflat.errors import DataError, NonFiniteError, UsageError
 from torchflat.parameters import Layout
 from torchflat.spectrum.run import NotConvergedWarning
-from torchflat.symmetry.discover import Products, discover, law_count
-from torchflat.symmetry.sampling import Function, numerical_rank
+from torchflat.symmetry.discover import Products, _brackets, discover, law_count
+from torchflat.symmetry.sampling import Function, numerical_rank, sampler
 
 
 def mlp(*widths: int, activation: type[nn.Module] = nn.ReLU, bias: bool = True) -> nn.Module:
@@ -261,3 +261,16 @@ def test_errors() -> None:
         discover(lambda x, batch: (x, x), torch.zeros(1), parameters=2)  # type: ignore[arg-type, return-value]
     with pytest.raises(NonFiniteError, match="narrower"):
         discover(lambda x, batch: (x - x.detach()).sqrt() * batch, torch.zeros(1), parameters=2)
+
+
+def test_brackets_of_layer_norm_are_those_of_the_norm_written_out() -> None:
+    def fields(norm: Callable[[Tensor], Tensor]) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        source = sampler(lambda x, rows: norm(rows @ x[:12].view(4, 3)) @ x[12:], torch.zeros(5, 4), 15, generator)
+        return _brackets(source, source.points(generator), 2, 4, generator)
+
+    def written_out(h: Tensor) -> Tensor:
+        centred = h - h.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+    torch.testing.assert_close(fields(lambda h: F.layer_norm(h, (3,))), fields(written_out), rtol=1e-10, atol=1e-12)

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import multiprocessing
 import os
 import signal
-import subprocess
-import sys
-import tempfile
-import traceback
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,86 +14,22 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import network
+from processes import Digits, Ranks, agree, raised, started
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 
 import torchflat
 import torchflat.flatness
-from torchflat import Objective, Task
-from torchflat.audit.run import Interrupted
+from torchflat import Objective
 from torchflat.distributed import Bucket, Team
 from torchflat.errors import DataError, LossError, NonFiniteError, UsageError
 from torchflat.objective.batches import as_batches, row_count
 
-# A rank that waits for the others in vain is a failure after so many seconds.
-PATIENCE = 60
-
-
-# Processes that run scenarios -----------------------------------------------------------------------------------------
-
-
-class Ranks:
-    """Gloo processes, started once, that each call what they are told to."""
-
-    def __init__(self, size: int, folder: Path) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipes = []
-        self.processes = []
-        for rank in range(size):
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, str(folder / "meeting"), there), daemon=True)
-            process.start()
-            self.pipes.append(here)
-            self.processes.append(process)
-
-    def __call__(self, scenario: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What ``scenario`` returned, or the error it raised, on each rank."""
-        for pipe in self.pipes:
-            pipe.send((scenario, arguments))
-        answers = []
-        for rank, pipe in enumerate(self.pipes):
-            if not pipe.poll(PATIENCE):
-                self.close()
-                pytest.fail(f"rank {rank} is still waiting in {scenario.__name__}{arguments}")
-            answers.append(pipe.recv())
-        return answers
-
-    def close(self) -> None:
-        for process in self.processes:
-            process.kill()
-
-
-def _serve(rank: int, size: int, meeting: str, pipe: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
-    while True:
-        scenario, arguments = pipe.recv()
-        try:
-            answer = scenario(*arguments)
-        except BaseException as error:
-            answer = error
-            if not isinstance(error, torchflat.errors.TorchflatError | KeyboardInterrupt):
-                traceback.print_exc()
-        pipe.send(answer)
-
 
 @pytest.fixture(scope="module", params=[2, 3])
 def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
-    with tempfile.TemporaryDirectory() as folder:
-        started = Ranks(request.param, Path(folder))
-        yield started
-        started.close()
-
-
-def agree(ranks: Ranks, scenario: Callable[..., Any], *arguments: Any, rtol: float = 1e-5, atol: float = 1e-6) -> Any:
-    """Every rank returns the same bits, which are to rounding those of this one process; return them."""
-    answers = ranks(scenario, *arguments)
-    for answer in answers:
-        if isinstance(answer, BaseException):
-            raise answer
-        torch.testing.assert_close(answer, answers[0], rtol=0, atol=0)
-    torch.testing.assert_close(answers[0], scenario(*arguments), rtol=rtol, atol=atol)
-    return answers[0]
+    with started(request.param) as processes:
+        yield processes
 
 
 # The same answers -----------------------------------------------------------------------------------------------------
@@ -153,22 +82,6 @@ def spectrum() -> dict[str, Any]:
 
 def test_the_spectrum_is_that_of_one_process(ranks: Ranks) -> None:
     agree(ranks, spectrum, rtol=1e-3, atol=1e-4)
-
-
-class Digits(Dataset):  # type: ignore[type-arg]
-    """Rows by index, with a count of those that were read."""
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.x, self.y = torch.randn(29, 4, generator=generator), torch.randn(29, 1, generator=generator)
-        self.read = 0
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        self.read += 1
-        return self.x[index], self.y[index]
 
 
 def regression(data: Any, **options: Any) -> Objective:
@@ -310,13 +223,6 @@ def test_one_reduction_per_pass(ranks: Ranks) -> None:
 
 
 # Failing together -----------------------------------------------------------------------------------------------------
-
-
-def raised(answers: list[Any], kind: type[BaseException], *needles: str) -> None:
-    for answer in answers:
-        assert isinstance(answer, kind), answer
-        for needle in needles:
-            assert needle in str(answer)
 
 
 def with_nan() -> float:
@@ -469,63 +375,6 @@ def test_a_callback_that_stops_or_fails_on_one_rank_does_on_all(ranks: Ranks) ->
     raised(ranks(stopped, 1, "raises"), KeyError, "of the callback")
 
 
-# The audit ------------------------------------------------------------------------------------------------------------
-
-
-def audited() -> dict[str, Any]:
-    torch.manual_seed(0)
-    digits, model = Digits(), nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
-    task = Task(model, F.mse_loss, (digits.x, digits.y))
-    content = torchflat.audit(task, top=3, parts=("sharpness", "eigenvalues", "trace", "blocks", "density")).content
-    # How often a climb halves its step can hang on a rounding error, so its evaluations are not compared.
-    profile = torchflat.audit(task, parts=("variation",)).content["variation"]
-    return {
-        "point": content["point"],
-        "λ₁": [content["sharpness"][key] for key in ("value", "lower", "upper")],
-        "trace": content["trace"]["value"],
-        "variation": [
-            [radius, value / radius] for radius, value in zip(profile["radii"], profile["values"], strict=True)
-        ],
-        "cost": [content["cost"][key] for key in ("forwards", "backwards", "products")],
-        "sha": [float(int(digit, 16)) for digit in content["provenance"]["data"]["sha256"]],
-    }
-
-
-def processes() -> int:
-    digits = Digits()
-    task = Task(nn.Linear(4, 1), F.mse_loss, (digits.x, digits.y))
-    nn.init.zeros_(task.make_model().weight)
-    nn.init.zeros_(task.make_model().bias)
-    return int(torchflat.audit(task, parts=()).content["provenance"]["processes"])
-
-
-def test_an_audit_is_that_of_one_process(ranks: Ranks) -> None:
-    agree(ranks, audited, rtol=1e-3, atol=1e-4)
-    assert ranks(processes) == [len(ranks.pipes)] * len(ranks.pipes)
-    assert processes() == 1
-
-
-def interrupted() -> str:
-    """Ctrl-C reaches one rank, in the middle of its work."""
-    torch.manual_seed(0)
-    digits, model = Digits(), nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
-
-    def progress(part: str, line: str, fraction: float | None) -> None:
-        if part == "sharpness" and dist.get_rank() == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    try:
-        torchflat.audit(Task(model, F.mse_loss, (digits.x, digits.y)), progress=progress)
-    except Interrupted as interruption:
-        return ", ".join(interruption.report.content)
-    return "not interrupted"
-
-
-def test_an_interruption_of_one_rank_interrupts_all(ranks: Ranks) -> None:
-    expected = "schema_version, status, provenance, point, sharpness, cost"
-    assert ranks(interrupted) == [expected] * len(ranks.pipes)
-
-
 def pending() -> str:
     """Ctrl-C outside of a block waits for the next one, and is used up by it."""
     team, found = Team.of(None), []
@@ -637,49 +486,3 @@ def test_one_process_without_a_group_is_a_team_of_one() -> None:
 def test_a_group_that_is_none_is_refused() -> None:
     with pytest.raises(UsageError, match="group='everyone': it must be a process group, None or 'alone'"):
         regression(Digits(), group="everyone")
-
-
-# torchrun -------------------------------------------------------------------------------------------------------------
-
-TASK = """
-import os, torch, torchflat
-from torch import nn
-
-X, Y = torch.eye(5), torch.zeros(5, 1)
-
-def task():
-    return torchflat.Task(lambda: nn.Linear(5, 1, bias=False), nn.functional.mse_loss, (X, Y))
-
-def broken_somewhere():
-    if os.environ["RANK"] == "1":
-        raise FileNotFoundError("not on this machine")
-    return task()
-"""
-
-
-def torchrun(place: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    (place / "task.py").write_text(TASK)
-    torch.save({"weight": torch.ones(1, 5)}, place / "line.pt")
-    here = str(Path(torchflat.__file__).parent.parent)
-    environment = {**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, "-m", "torchflat", "audit", "line.pt", *arguments]
-    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=120)
-
-
-def test_torchrun_audits_into_one_folder(tmp_path: Path) -> None:
-    done = torchrun(tmp_path, "--task", "task.py:task", "--json", "-")
-    assert done.returncode == 0, done.stderr
-    content = json.loads(done.stdout)  # one report, and nothing else
-    assert content["provenance"]["processes"] == 2
-    assert content["sharpness"]["lower"] <= 0.4 <= content["sharpness"]["upper"]  # 2 XᵀX / 5
-    assert sorted(path.name for path in tmp_path.glob("torchflat-audit-*")) == ["torchflat-audit-1"]
-    assert done.stderr.count("torchflat: the report is in") == 1
-
-
-def test_torchrun_tells_an_error_of_any_process_once(tmp_path: Path) -> None:
-    done = torchrun(tmp_path, "--task", "task.py:broken_somewhere", "-o", "out")
-    assert done.returncode != 0 and done.stdout == ""
-    assert done.stderr.count("torchflat: error: ") == 1
-    assert "FileNotFoundError: not on this machine (on process 1 of 2)" in done.stderr
-    assert not (tmp_path / "out").exists()

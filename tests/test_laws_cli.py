@@ -32,6 +32,13 @@ def relu():
 def normalised():
     return torchflat.Task(lambda: network([nn.BatchNorm1d(4)]), nn.functional.mse_loss, (X, X[:, :2]))
 
+def scaled(scale="1.0"):
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4, elementwise_affine=False), nn.ReLU(), nn.Linear(4, 2))
+    with torch.no_grad():
+        for p in model[0].parameters():
+            p *= float(scale)
+    return torchflat.Task(lambda: model, nn.functional.mse_loss, (X, X[:, :2]))
+
 def dicts():
     class Named(nn.Module):
         def __init__(self):
@@ -116,6 +123,16 @@ def test_a_bias_before_fixed_statistics_counts_from_their_mean(place: Path, caps
     assert printed.splitlines()[1].split()[:6] == ["0", "→", "1", "centred", "4", "4"]
     assert "in 0 → 1 b − μ is 0.bias − 1.running_mean" in " ".join(printed.split())
     assert all(len(line) <= 80 for line in printed.splitlines())
+
+
+def test_laws_that_epsilon_breaks_are_said_to_mean_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = {}
+    for scale in ("1.0", "0.001"):
+        assert main(["laws", "--task", "task.py:scaled", "--task-option", f"scale={scale}"]) == 0
+        said[scale] = " ".join(capsys.readouterr().out.split())
+        assert "0 diagonal 1 1" in said[scale] and "as ε → 0; here to" in said[scale]
+    assert "1 law means nothing here of the 1 that hold as ε → 0, 0 least of all (residual 0." in said["0.001"]
+    assert "means nothing" not in said["1.0"]
 
 
 def test_batches_as_dicts_give_keyword_arguments(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

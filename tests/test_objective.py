@@ -714,6 +714,65 @@ def test_vectors_that_are_not_finite_are_refused() -> None:
         f.block_products({(0,): torch.full((6,), torch.inf)})
 
 
+# Networks that fit their targets --------------------------------------------------------------------------------------
+
+
+class _Fitted(nn.Module):
+    """A network, and noise that it adds to its outputs."""
+
+    def __init__(self, noise: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.layers = nn.Sequential(nn.Linear(20, 50), nn.ReLU(), nn.Linear(50, 3)).to(dtype)
+        self.noise = noise
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layers(x)
+        return out + self.noise * torch.randn_like(out)
+
+
+def fitted(loss: Any, dtype: torch.dtype, noise: float = 0.0, **more: Any) -> Objective:
+    """The targets are what the network computes for all rows at once: losses are what rounding makes of 0."""
+    model = _Fitted(noise, dtype)
+    x = torch.randn(1000, 20, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    return Objective(model, loss, (x, model.layers(x).detach()), **more)
+
+
+DOUBLE_AND_SINGLE = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["double", "single"])
+
+
+@DOUBLE_AND_SINGLE
+def test_a_loss_that_is_nothing_but_rounding_is_a_mean(dtype: torch.dtype) -> None:
+    for f in (
+        fitted(MSE, dtype),
+        fitted(None, dtype, batch_loss=lambda m, b: ((m(b[0]) - b[1]).square().sum(), len(b[0]))),
+    ):
+        assert 0 <= f.value() < 1e-10
+        assert torchflat.sharpness(f, rtol=0.1).value > 0.1
+        assert f.provenance()["notes"] == []
+
+
+@DOUBLE_AND_SINGLE
+def test_wrong_losses_are_refused_where_they_are_nothing_but_rounding(dtype: torch.dtype) -> None:
+    with pytest.raises(LossError, match="not a mean over rows"):
+        fitted(nn.MSELoss(reduction="sum"), dtype).value()
+    with pytest.raises(LossError, match="not a mean over rows"):
+        fitted(lambda o, y: (o - y).square().mean() + (o - y).mean() ** 2, dtype).value()
+    with pytest.raises(LossError, match="mean where the sum belongs"):
+        fitted(None, dtype, batch_loss=lambda m, b: (MSE(m(b[0]), b[1]), len(b[0]))).value()
+    with pytest.raises(ReproducibilityError):
+        fitted(MSE, dtype, noise=1e-6).value()
+
+
+def test_wrong_losses_are_refused_where_they_are_zero() -> None:
+    layer = nn.Linear(3, 3, bias=False)
+    nn.init.eye_(layer.weight)
+    assert Objective(layer, MSE, (X, X)).value() == 0
+    with pytest.raises(LossError, match="not a mean over rows"):
+        Objective(layer, nn.MSELoss(reduction="sum"), (X, X)).value()
+
+
 # What is no fault ----------------------------------------------------------------------------------------------------
 
 

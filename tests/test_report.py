@@ -245,6 +245,7 @@ def fake_report() -> dict[str, Any]:
             "negative": -0.041,
             "attained": True,
             "before": {"value": 3.4673, "lower": 3.46602, "upper": 3.47091},
+            "before_from": "sharpness",
             "after": {"value": 1.2041, "lower": 1.2040, "upper": 1.2063},
             "largest_log_scale": 1.31,
             "max_log_scale": 8.0,

@@ -23,6 +23,10 @@ class UsageError(TorchflatError, ValueError):
     exit_code = 2
 
 
+class LawsError(UsageError):
+    """The laws of a model cannot be found, or its objective does not obey them: what needs no laws can go on."""
+
+
 class CheckpointError(TorchflatError, ValueError):
     """The checkpoint is missing, damaged, unsafe to read, or does not fit the model."""
 

@@ -170,7 +170,12 @@ def _flattest(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotConvergedWarning)
         a, b = (
-            flattened(find_laws(task, model, rows), told(name), confidence=options.confidence, seed=options.seed)(f)
+            flattened(
+                find_laws(task, model, rows, team=f.team),
+                told(name),
+                confidence=options.confidence,
+                seed=options.seed,
+            )(f)
             for name, task, model, rows, f in zip("AB", tasks, models, data, points, strict=True)
         )
     return (a, b), notes

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from torchflat.audit.task import Task
-from torchflat.errors import DataError, UsageError
+from torchflat.errors import DataError, LawsError
 from torchflat.objective.batches import as_batches, row_count, slice_rows
 from torchflat.objective.evaluation import inputs_and_target
 from torchflat.objective.state import random_states_kept
@@ -27,7 +27,7 @@ def example_input(task: Task, model: nn.Module, data: Any) -> tuple[Any, ...] | 
     its dtype.
 
     Raises:
-        UsageError: the batches do not tell what the model takes.
+        LawsError: the batches do not tell what the model takes.
     """
     example = task.example_input
     if example is None:
@@ -35,7 +35,7 @@ def example_input(task: Task, model: nn.Module, data: Any) -> tuple[Any, ...] | 
             with random_states_kept():
                 return _taken(as_batches(data).first(ROWS), model)
         except DataError as error:
-            raise UsageError(
+            raise LawsError(
                 f"what the model takes cannot be told from the data ({error}): set Task.example_input"
             ) from error
     if isinstance(example, dict):

@@ -20,7 +20,7 @@ from torchflat.audit.orbit import find_laws, laws_part, orbit_part
 from torchflat.audit.run import Progress
 from torchflat.audit.subject import load_weights, objective, provenance
 from torchflat.audit.task import Task, load_task
-from torchflat.distributed import Team
+from torchflat.distributed import Bucket, Team
 from torchflat.errors import VerificationError
 from torchflat.objective import Objective
 from torchflat.objective.evaluation import unwrapped
@@ -52,7 +52,8 @@ def flatten_checkpoint(
     """Write the flattest network that computes what ``checkpoint`` does, and return what was found as plain values.
 
     An L2 term is left out, because rescaling changes it. ``out`` gets all parameters and persistent buffers of the
-    model, in its dtype; those that moved at least in the working precision.
+    model, in its dtype; those that moved at least in the working precision. Where torch.distributed is initialised,
+    every process calls this, the rows are split among them, the first one writes, and all get the answer.
 
     Args:
         task: a :class:`Task`, its address or a built-in name.
@@ -72,12 +73,12 @@ def flatten_checkpoint(
     """
     options, out = dataclasses.replace(options or FlattenOptions(), **choices), Path(out)
     team = Team.of(None)
+    team.on_first(lambda: refuse_output(out, force))
     with team.together():
-        refuse_output(out, force)
         task = load_task(task, task_options) if isinstance(task, str) else task
         model, data = task.make_model(), task.make_data()
         loaded = load_weights(checkpoint, model, options)
-        laws = find_laws(task, model, data)
+    laws = find_laws(task, model, data, team=team)
     f = objective(dataclasses.replace(task, weight_decay=0.0), model, data, options, None)
 
     def told(found: Mapping[str, float]) -> None:
@@ -99,13 +100,15 @@ def flatten_checkpoint(
         )
     plain = unsharded(unwrapped(model))
     state = state_with(plain, _held(plain, answer.state_dict))
-    with team.together():
-        error = _disagreement(task, plain, state, data, f)
-        if not error <= AGREEMENT[f.dtype]:
-            raise VerificationError(
-                f"nothing was written: outputs would differ by {error:.1e} of the largest, and at most "
-                f"{AGREEMENT[f.dtype]:.0e} is rounding in {f.dtype}; try --dtype float64, and report it if it stays"
-            )
+    errors = Bucket(team, numbers=team.size)
+    with team.summed(errors):
+        errors.numbers[team.rank] = _disagreement(task, plain, state, data, f)
+    error = max(errors.numbers)
+    if not error <= AGREEMENT[f.dtype]:
+        raise VerificationError(
+            f"nothing was written: outputs would differ by {error:.1e} of the largest, and at most "
+            f"{AGREEMENT[f.dtype]:.0e} is rounding in {f.dtype}; try --dtype float64, and report it if it stays"
+        )
     team.on_first(lambda: write_checkpoint(out, state))
     source = {**provenance(task, loaded, f, options, command), **f.provenance()}
     source["notes"] = [*source["notes"], *_notes(task)]
@@ -149,7 +152,7 @@ def _disagreement(task: Task, model: nn.Module, state: Mapping[str, Tensor], dat
                 # NaN on either side must not pass for agreement.
                 furthest = max(furthest, float((a - b).abs().max().nan_to_num(nan=torch.inf)))
                 largest = max(largest, float(a.abs().max()))
-    return furthest / largest if largest else furthest
+    return furthest / largest if 0 < largest < torch.inf else furthest
 
 
 def _outputs(model: nn.Module, given: tuple[Any, ...] | dict[str, Any]) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -12,24 +13,30 @@ from torch.nn.functional import cross_entropy
 from torchflat.audit.example import example_input
 from torchflat.audit.subject import picked
 from torchflat.audit.task import Task
+from torchflat.distributed import Team
 from torchflat.objective.evaluation import unwrapped
 from torchflat.objective.unsharded import unsharded
 from torchflat.symmetry import Coupling, Flattest, Laws, laws
 
-__all__ = ["coupling_row", "find_laws", "laws_part", "orbit_part"]
+__all__ = ["contradiction", "coupling_row", "find_laws", "laws_part", "orbit_part"]
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-def find_laws(task: Task, model: nn.Module, data: Any, mode: Literal["eval", "train"] = "eval") -> Laws:
+def find_laws(
+    task: Task, model: nn.Module, data: Any, mode: Literal["eval", "train"] = "eval", team: Team | None = None
+) -> Laws:
     """Find the laws of a task's model, under the names of its parameters in the objective.
 
+    Every process of ``team`` finds them for itself; an error on one of them is raised on all.
+
     Raises:
-        UsageError: torch.export cannot follow the model, or what it takes is not known.
+        LawsError: torch.export cannot follow the model, or what it takes is not known.
     """
     model = unsharded(unwrapped(model))
     softmax = task.loss is cross_entropy or isinstance(task.loss, nn.CrossEntropyLoss)
-    return laws(model, example_input(task, model, data), mode, loss=task.loss if softmax else None)
+    with (team or Team.alone()).together():
+        return laws(model, example_input(task, model, data), mode, loss=task.loss if softmax else None)
 
 
 def laws_part(found: Laws, model: nn.Module, mode: str = "eval") -> dict[str, Any]:
@@ -79,8 +86,17 @@ def coupling_row(coupling: Coupling, tensors: Mapping[str, Tensor]) -> dict[str,
     }
 
 
-def orbit_part(answer: Flattest) -> dict[str, Any]:
-    """Return the part ``orbit`` of a report: λ₁★, how it was reached, and what is proved of it."""
+def orbit_part(answer: Flattest, measured: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the part ``orbit`` of a report: λ₁★, how it was reached, and what is proved of it.
+
+    ``measured`` is the part ``sharpness`` of the same report. λ₁ before, and with it the headroom, is taken from there
+    where its interval is narrower than that of the search for λ₁★.
+    """
+    before, headroom = picked(answer.before, "value", "lower", "upper"), answer.headroom
+    better = measured is not None and _width(measured) < _width(before)
+    if measured is not None and better:
+        before = {key: measured[key] for key in before}
+        headroom = before["value"] / answer.value if answer.value else 1.0
     scales = [
         z.reshape(-1) if z.ndim == 1 else torch.linalg.eigvalsh(z) for z in answer.log_scales.values() if z.numel()
     ]
@@ -90,9 +106,31 @@ def orbit_part(answer: Flattest) -> dict[str, Any]:
         "lower": answer.lower,
         "upper": answer.recomputed.upper,
         "confidence": answer.recomputed.confidence,
-        "before": picked(answer.before, "value", "lower", "upper"),
+        "before": before,
+        "before_from": "sharpness" if better else "orbit",
+        "headroom": headroom,
         "after": picked(answer.recomputed, "value", "lower", "upper"),
         "largest_log_scale": largest,
         "frozen": [{"name": name, "reason": reason} for name, reason in answer.frozen.items()],
-        **picked(answer, "status", "proof", "headroom", "negative", "attained", "max_log_scale", "cost"),
+        **picked(answer, "status", "proof", "negative", "attained", "max_log_scale", "cost"),
     }
+
+
+def contradiction(part: Mapping[str, Any], answer: Flattest) -> str | None:
+    """Say that the part ``sharpness`` and the search for λ₁★ have no λ₁ of the first point in common, if so."""
+    own, other = picked(answer.before, "lower", "upper"), part
+    if math.inf in (_width(own), _width(other)) or max(own["lower"], other["lower"]) <= min(
+        own["upper"], other["upper"]
+    ):
+        return None
+    shown = [f"[{interval['lower']:.6g}, {interval['upper']:.6g}]" for interval in (other, own)]
+    return (
+        f"λ₁ was found to be in {shown[0]}, and in {shown[1]} on the way to λ₁★: one of the two is wrong, which chance "
+        f"allows in {2 * (1 - answer.before.confidence):.0%} of all cases; try another --seed"
+    )
+
+
+def _width(interval: Mapping[str, Any]) -> float:
+    """Return how wide it is; infinite where an end is not known."""
+    ends = interval["lower"], interval["upper"]
+    return math.inf if None in ends else float(ends[1] - ends[0])

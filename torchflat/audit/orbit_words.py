@@ -12,6 +12,8 @@ __all__ = ["coupling_cells", "law_rows", "laws_sentences", "orbit_sentences"]
 
 # A headroom below this is not worth a rescaling.
 NOTABLE = 1.05
+# A law contradicted by so much of what it is made of does not hold.
+LOOSE = 0.1
 
 
 def orbit_sentences(orbit: Mapping[str, Any] | None) -> Iterator[str]:
@@ -28,6 +30,9 @@ def orbit_sentences(orbit: Mapping[str, Any] | None) -> Iterator[str]:
         )
     else:
         yield f"Rescaling explains next to nothing of this sharpness (a factor {factor}): {where}."
+    if orbit.get("before_from") == "orbit":
+        before, interval = span(orbit["before"]["value"], orbit["before"]["lower"], orbit["before"]["upper"])
+        yield f"λ₁ without rescaling is {before} {interval}, as the search for λ₁★ measured it on its way."
     yield _proof(orbit)
     if orbit["attained"] is False:
         yield (
@@ -68,6 +73,14 @@ def laws_sentences(laws: Mapping[str, Any] | None) -> Iterator[str]:
             said += f"; the least balanced is {worst['name']}, at {number(worst['imbalance'], 2)} of 1"
         yield f"{said}."
         yield from _centred_sentence(rows)
+    loose = [row for row in laws["approximate"] if (row["residual"] or 0) >= LOOSE]
+    if loose:
+        worst = max(loose, key=lambda row: row["residual"])
+        yield (
+            f"{_many(len(loose), 'law means', 'laws mean')} nothing here of the {count(len(laws['approximate']))} that "
+            f"hold as ε → 0, {worst['name']} least of all (residual {number(worst['residual'], 2)} of 1): the variance "
+            "that is normalised there is not large beside ε."
+        )
     for row in laws["unknown"]:
         yield f"There is no rule for {row['operator']} (at {row['place']}): what it touches was taken to be fixed."
     for row in laws["dropped"]:

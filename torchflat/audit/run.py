@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from torchflat import ops
 from torchflat.audit.options import Options, parse_duration
-from torchflat.audit.orbit import find_laws, laws_part, orbit_part
+from torchflat.audit.orbit import contradiction, find_laws, laws_part, orbit_part
 from torchflat.audit.profile import profile_part
 from torchflat.audit.report import Report
 from torchflat.audit.subject import load_weights, objective, peak_memory, picked, provenance
 from torchflat.audit.task import Task, load_task
 from torchflat.distributed import Team
-from torchflat.errors import UsageError
+from torchflat.errors import LawsError, UsageError
 from torchflat.flatness import variation
 from torchflat.objective import Objective
 from torchflat.result import Status
@@ -31,7 +31,7 @@ from torchflat.spectrum.eigenpairs import Eigenpairs, extremal
 from torchflat.spectrum.krylov import Krylov
 from torchflat.spectrum.run import Run
 from torchflat.spectrum.sampling import sampling_interval
-from torchflat.symmetry import Flattest, Laws, flattest
+from torchflat.symmetry import Laws, flattest
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -106,7 +106,7 @@ def audit(
         loaded = load_weights(checkpoint, model, options)
     f = objective(task, model, data, options, group)
     source = provenance(task, loaded, f, options, command)
-    work = _Audit(f, options, source, progress, started, lambda: find_laws(task, model, data), model)
+    work = _Audit(f, options, source, progress, started, lambda: find_laws(task, model, data, team=team), model)
     if resume is not None:
         work.take_over(resume)
     try:
@@ -134,7 +134,7 @@ class _Audit:
     ) -> None:
         self.f, self.options, self.provenance, self.progress = f, options, provenance, progress
         self.started, self.model = started, model
-        self.find = functools.cache(find)
+        self._find = find
         self.notes: list[str] = list(provenance["notes"])
         self.content: dict[str, Any] = {}
         self.skipped: list[str] = []
@@ -326,29 +326,38 @@ class _Audit:
         answer = variation(self.f, seed=self.options.seed, budget=self.options.gradients, callback=told)
         return profile_part(answer, self.content.get("sharpness", {}).get("value"))
 
-    def _laws(self) -> dict[str, Any] | None:
+    @functools.cached_property
+    def _found_laws(self) -> Laws | None:
+        """The laws; None, and a note, where those of this model cannot be found: the rest of the audit has its use."""
         self._tell("units on the graph")
-        return self._unless_refused("the laws", lambda: laws_part(self.find(), self.model))
+        try:
+            return self._find()
+        except LawsError as error:
+            self.notes.append(f"the laws could not be found: {error}")
+            return None
+
+    def _laws(self) -> dict[str, Any] | None:
+        return None if self._found_laws is None else laws_part(self._found_laws, self.model)
 
     def _orbit(self) -> dict[str, Any] | None:
+        laws, options = self._found_laws, self.options
+        if laws is None:
+            return None
+
         def told(found: Mapping[str, float]) -> bool:
             return self.f.team.anywhere(lambda: self._tell(f"λ₁ is {found['value']:.4g} after rescaling"))
 
-        def answer() -> Flattest:
-            laws, options = self.find(), self.options
-            return flattest(
+        try:
+            answer = flattest(
                 self.f, laws, rtol=options.rtol, confidence=options.confidence, seed=options.seed, callback=told
             )
-
-        return self._unless_refused("λ₁★", lambda: orbit_part(answer()))
-
-    def _unless_refused(self, what: str, part: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-        """Return the part, or make it a note that this model or objective has none: the rest of the audit has use."""
-        try:
-            return part()
-        except UsageError as error:
-            self.notes.append(f"{what} could not be found: {error}")
+        except LawsError as error:
+            self.notes.append(f"λ₁★ could not be found: {error}")
             return None
+        measured = self.content.get("sharpness")
+        if measured is not None and (note := contradiction(measured, answer)):
+            self.notes.append(note)
+        return orbit_part(answer, measured)
 
 
 def _pairs(answer: Eigenpairs) -> list[dict[str, Any]]:

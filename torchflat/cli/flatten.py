@@ -19,6 +19,7 @@ from torchflat.audit.report import footer_text, table_lines, wrapped
 from torchflat.cli.output import show
 from torchflat.cli.progress import Bars, say
 from torchflat.cli.subject import named
+from torchflat.distributed import Team
 from torchflat.errors import UsageError
 from torchflat.result import Status
 
@@ -53,24 +54,33 @@ class Flatten:
     options: Annotated[FlattenOptions, tyro.conf.arg(name="")] = dataclasses.field(default_factory=FlattenOptions)
 
     def run(self) -> int:
-        """Find, verify, write, print, and return the exit code."""
+        """Find, verify, write, print, and return the exit code; under torchrun, rank 0 alone writes."""
         if self.out is None:
             raise UsageError("name the file for the checkpoint with -o FILE")
-        task, checkpoint = named(self.task, self.task_option, self.checkpoint, "flatten")
+        team = Team.of(None)
+        with team.interrupted_together():
+            found = self._flattened(team, self.out)
+            team.on_first(lambda: self._write(found))
+        return INCONCLUSIVE if found["orbit"]["status"] == Status.BUDGET.name else 0
+
+    def _flattened(self, team: Team, out: str) -> dict[str, Any]:
+        with team.together():
+            task, checkpoint = named(self.task, self.task_option, self.checkpoint, "flatten")
         with Bars() as bars:
-            found = flatten_checkpoint(
+            return flatten_checkpoint(
                 task,
                 checkpoint,
-                self.out,
+                out,
                 force=self.force,
                 progress=bars,
                 command=shlex.join(["torchflat", *sys.argv[1:]]),
                 options=self.options,
             )
+
+    def _write(self, found: dict[str, Any]) -> None:
         content = json.dumps(found, indent=2, allow_nan=False) + "\n"
         show(lambda: "".join(f"{line.rstrip()}\n" for line in _text(found)), content, self.json)
         say(f"the checkpoint is in {self.out}")
-        return INCONCLUSIVE if found["orbit"]["status"] == Status.BUDGET.name else 0
 
 
 def _text(found: dict[str, Any]) -> Iterator[str]:

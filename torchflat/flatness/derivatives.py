@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from torchflat import ops
-from torchflat.errors import UsageError
+from torchflat.errors import LossError, UsageError
 from torchflat.objective import Objective
+from torchflat.objective.accuracy import exact_rows
 from torchflat.objective.functional import Scalar
 from torchflat.result import Answer, Cost, Status
 from torchflat.spectrum.krylov import random_unit_vector
@@ -29,6 +30,8 @@ IMAGES = 1000
 SCREENING_STEPS, SCREENING_RTOL = 20, 1e-2
 # A value may fall by so many roundings of the image and still count as level.
 LEVEL_ULPS = 16
+# What ∇(Df·v) may be off H·v in float64, at a point this far away relative to |x|: H may vanish at the point itself.
+AGREEMENT, NEARBY = 1e-6, 1e-2
 # The search has no confidence to state; a run asks for one.
 NO_CONFIDENCE = 0.5
 
@@ -93,7 +96,8 @@ def derivative_norm(
 
     Raises:
         UsageError: an argument is out of range.
-        LossError: an operator has no forward-mode derivative; it is named.
+        LossError: an operator has no forward-mode derivative; it is named. Or that derivative cannot be differentiated
+            in turn, which is seen on a few rows: ∇(Df·v) is not H·v there.
         NonFiniteError: a derivative holds NaN or infinity.
 
     Source: Kolda, Mayo, *Shifted Power Method for Computing Tensor Eigenpairs* (2011), and *An Adaptive Shifted Power
@@ -110,6 +114,8 @@ def derivative_norm(
         raise UsageError(f"starts={starts}: it must be a positive number")
     budget = float(IMAGES * _gradients(k)) if budget is None else budget
     check_request(rtol, NO_CONFIDENCE, budget)
+    if k > 1:
+        _refuse_wrong_nesting(f, seed)
     search = _Search(f, k, Run(f, rtol, None, NO_CONFIDENCE, budget, callback))
     best, status = search.from_starts(starts, seed)
     answer = DerivativeNorm(
@@ -151,6 +157,24 @@ def _image(x: Tensor, v: Tensor, k: int, loss: Scalar) -> Tensor:
 def _slope(loss: Scalar, v: Tensor, x: Tensor) -> Tensor:
     slope: Tensor = torch.func.jvp(loss, (x,), (v,))[1]
     return slope
+
+
+def _refuse_wrong_nesting(f: Objective, seed: int) -> None:
+    """Compare ∇(Df·v) with H·v: some forward-mode rules of torch (of det and solve in 2.14) lack a derivative."""
+    exact = exact_rows(f, "derivatives of derivatives were not checked")
+    if exact is None:
+        return
+    v = random_unit_vector(f.n, seed, "derivative/check", torch.float64, f.device)
+    near = exact.at(exact.x + NEARBY * max(1.0, float(ops.norm([exact.x]))) * v)
+    image = near.transformed(functools.partial(_image, near.x, v, 2), f.n, _gradients(2), [v])
+    product = near.products(v[None])[0]
+    size, fault = float(ops.norm([product])), float(ops.norm([image - product]))
+    rounding = torch.finfo(torch.float64).eps / AGREEMENT * float(ops.norm([near.gradient()]))
+    if fault > AGREEMENT * (size + rounding):
+        raise LossError(
+            f"the gradient of a directional derivative is off H·v by {fault:.2g}, where that is {size:.2g}: torch "
+            "lacks a derivative of the forward-mode rule of some operator of the loss; write that in plain operations"
+        )
 
 
 class _Search:

@@ -14,7 +14,7 @@ from torchflat.objective.evaluation import first_line, out_of_memory
 if TYPE_CHECKING:
     from torchflat.objective.objective import Objective
 
-__all__ = ["Accuracy", "second_derivative_fault"]
+__all__ = ["Accuracy", "exact_rows", "second_derivative_fault"]
 
 # Rows on which products are compared with float64 ones. Rounding averages out over rows, so that few show more of it.
 ROUNDING_ROWS = 16
@@ -87,13 +87,8 @@ def second_derivative_fault(f: Objective) -> str | None:
 
     Some kernels have a double backward that lacks a term: in torch 2.14 the fused weight normalisation.
     """
-    try:
-        exact = f.few_rows(DIFFERENCE_ROWS).in_float64()
-        exact.value()
-    except (TorchflatError, RuntimeError, TypeError) as error:
-        if out_of_memory(error):
-            raise
-        f.note(f"the second derivative was not checked: the loss cannot be computed in float64: {first_line(error)}")
+    exact = exact_rows(f, "the second derivative was not checked")
+    if exact is None:
         return None
     size = max(1.0, float(ops.norm([exact.x])))
     generator = torch.Generator("cpu").manual_seed(0)
@@ -115,6 +110,19 @@ def second_derivative_fault(f: Objective) -> str | None:
         f"the second derivative that autograd gives is wrong by {max(worst.values()):.0%} in {names}, compared with "
         "differences of the gradient: some kernel there has an incomplete double backward; write it in plain operations"
     )
+
+
+def exact_rows(f: Objective, otherwise: str) -> Objective | None:
+    """Take f to float64 on a few rows; where it cannot be computed so, None, and a note that says ``otherwise``."""
+    try:
+        exact = f.few_rows(DIFFERENCE_ROWS).in_float64()
+        exact.value()
+        return exact
+    except (TorchflatError, RuntimeError, TypeError) as error:
+        if out_of_memory(error):
+            raise
+        f.note(f"{otherwise}: the loss cannot be computed in float64: {first_line(error)}")
+        return None
 
 
 def _difference(f: Objective, direction: Tensor, step: float) -> tuple[Tensor, float]:

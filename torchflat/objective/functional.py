@@ -13,6 +13,7 @@ from torchflat.errors import DataError, TorchflatError
 from torchflat.objective.batches import rows_of
 from torchflat.objective.evaluation import Term, first_line, out_of_memory
 from torchflat.objective.graphs import Graphs, NotDifferentiable, finite
+from torchflat.objective.normalisation import PlainNormalisation
 from torchflat.parameters import Layout
 
 __all__ = ["Scalar", "Transform", "add_transforms"]
@@ -29,7 +30,8 @@ class _LossSum:
         self.weight = 0.0
 
     def __call__(self, y: Tensor) -> Tensor:
-        total, self.weight = self._term(self._layout.split(y), self._batch)
+        with PlainNormalisation():
+            total, self.weight = self._term(self._layout.split(y), self._batch)
         return total
 
 

@@ -28,6 +28,8 @@ FINE_ULPS = 32
 EXACT = 1e-6
 # ... and where there is no float64 to ask.
 COARSE = 1e-3
+# How far each parameter moves, relative to itself, where the loss is nothing but rounding.
+NEARBY = 1e-2
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,14 @@ class _Probe:
     whole: tuple[float, float]
     again: tuple[float, float]
     halves: tuple[tuple[float, float], ...]
+
+    def convincing(self, tolerance: float) -> bool:
+        """Whether nothing speaks against the loss, and something could: where it is zero, so is any multiple."""
+        telling = self.whole[0] != 0 or not self.halves
+        return telling and self.reproducible(tolerance) and self.additive(tolerance)
+
+    def finite(self) -> bool:
+        return all(math.isfinite(value) for value, _ in (self.whole, self.again, *self.halves))
 
     def reproducible(self, tolerance: float) -> bool:
         return _close(self.whole[0], self.again[0], tolerance)
@@ -64,7 +74,9 @@ def _close(a: float, b: float, tolerance: float, scale: float = 0.0) -> bool:
 def preflight(term: Term, parameters: Sequence[Tensor], batches: Batches, limit: int | None, ledger: Ledger) -> bool:
     """Evaluate a sample of at most ``limit`` rows twice, and in two halves; return whether batches may be cut.
 
-    Where float32 leaves a doubt, float64 decides: rounding vanishes there, and randomness does not.
+    Where float32 leaves a doubt, float64 decides: rounding vanishes there, and randomness does not. Where float64 does
+    too, a point nearby decides: at a network that fits its targets exactly the loss is rounding and nothing else, and
+    whether it is a mean over rows does not depend on the point.
 
     Raises:
         ReproducibilityError: two evaluations on the same rows differ.
@@ -84,9 +96,14 @@ def preflight(term: Term, parameters: Sequence[Tensor], batches: Batches, limit:
         probe = _probe(term, parameters, sample, again, cuttable, ledger)
         term.notes.append("the model fails on a part of a batch: batches were kept whole")
     tolerance = EXACT if term.dtype == torch.float64 else min(COARSE, FINE_ULPS * torch.finfo(term.dtype).eps)
-    if term.dtype != torch.float64 and not (probe.reproducible(tolerance) and probe.additive(tolerance)):
-        exact = _exact_probe(term, parameters, sample, again, cuttable, ledger)
+    finest = torch.float64
+    if term.dtype != finest and not probe.convincing(tolerance):
+        exact = _probe_in(finest, term, parameters, sample, again, cuttable, ledger)
         probe, tolerance = (probe, COARSE) if exact is None else (exact, EXACT)
+        finest = term.dtype if exact is None else finest
+    if not probe.convincing(tolerance):
+        moved = _probe_in(finest, term, _nearby(parameters), sample, again, cuttable, ledger)
+        probe = moved if moved is not None and moved.finite() else probe
     if not probe.reproducible(tolerance):
         raise ReproducibilityError(
             f"two evaluations on the same rows gave {probe.whole[0]:.9g} and {probe.again[0]:.9g}: the model or its "
@@ -111,15 +128,27 @@ def _probe(term: Term, parameters: Sequence[Tensor], sample: Any, again: Any, cu
     return _Probe(evaluate(sample), evaluate(again), tuple(evaluate(slice_rows(sample, *ends)) for ends in cuts))
 
 
-def _exact_probe(
-    term: Term, parameters: Sequence[Tensor], sample: Any, again: Any, cut: bool, ledger: Ledger
+def _probe_in(
+    dtype: torch.dtype,
+    term: Term,
+    parameters: Sequence[Tensor],
+    sample: Any,
+    again: Any,
+    cut: bool,
+    ledger: Ledger,
 ) -> _Probe | None:
-    """Repeat the probe in float64; None where the model or the device cannot compute in it."""
+    """Repeat the probe in another precision or at another point; None where that cannot be computed."""
     try:
-        exact = [parameter.detach().double() for parameter in parameters]
-        return _probe(term.converted(torch.float64), exact, sample, again, cut, ledger)
+        converted = [parameter.detach().to(dtype) for parameter in parameters]
+        return _probe(term.converted(dtype), converted, sample, again, cut, ledger)
     except (TorchflatError, RuntimeError, TypeError):
         return None
+
+
+def _nearby(parameters: Sequence[Tensor]) -> list[Tensor]:
+    generator = torch.Generator("cpu").manual_seed(0)
+    noise = (torch.randn(p.shape, generator=generator, device="cpu").to(p) for p in parameters)
+    return [p.detach() * (1 + NEARBY * n) for p, n in zip(parameters, noise, strict=True)]
 
 
 def _refuse_wrong_sums(term: Term, probe: _Probe, tolerance: float) -> None:

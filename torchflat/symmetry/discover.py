@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchflat.errors import UsageError
+from torchflat.objective.normalisation import PlainNormalisation
 from torchflat.parameters import Layout
 from torchflat.result import Answer
 from torchflat.spectrum.run import NotConvergedWarning
@@ -271,8 +272,8 @@ def law_count(
     fields are added, one level after the other by nested forward derivatives, until a level adds nothing.
 
     Arguments and errors are those of :func:`discover`. ``depth`` bounds the levels, each of which costs three times the
-    one before. Brackets of three fields take third derivatives, which torch has to get right; those of
-    ``torch.nn.functional.layer_norm`` it does not (torch 2.14): write such a norm in plain operations.
+    one before. Brackets of three fields take third derivatives, which torch has to get right; layer, instance and batch
+    normalisation, where it does not (torch 2.14), are written out (:class:`PlainNormalisation`).
 
     >>> law_count(lambda x, batch: (x[0] * x[1] - 1) ** 2 * batch, torch.zeros(1), parameters=2).count
     1
@@ -317,7 +318,8 @@ def _brackets(source: Sampler, x: Tensor, level: int, count: int, generator: tor
     def one(batches: Tensor, weights: Tensor) -> Tensor:
         def gradient_field(i: int) -> Callable[[Tensor], Tensor]:
             def mixture(y: Tensor) -> Tensor:
-                outputs: Tensor = torch.func.vmap(lambda batch: source.function(y, batch))(batches[i])
+                with PlainNormalisation():
+                    outputs: Tensor = torch.func.vmap(lambda batch: source.function(y, batch))(batches[i])
                 return (weights[i] * outputs).sum()
 
             gradient: Callable[[Tensor], Tensor] = torch.func.grad(mixture)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from torchflat.errors import UsageError
+from torchflat.errors import LawsError, UsageError
 from torchflat.objective import Objective
 from torchflat.result import Answer, Cost, Status
 from torchflat.spectrum.krylov import Krylov, random_unit_vector
@@ -127,8 +127,8 @@ def flattest(
             search.
 
     Raises:
-        UsageError: an argument is out of range, f has an L2 term, a coupling does not fit the parameters, or rescaling
-            by one changes f.
+        UsageError: an argument is out of range, or a coupling does not fit the parameters.
+        LawsError: f has an L2 term, or rescaling by a coupling changes f.
 
     >>> from torchflat.symmetry import Coupling, Member
     >>> f = Objective.from_function(lambda x: (x[0] * x[1] - 1) ** 2, torch.tensor([3.0, 1 / 3], dtype=torch.float64))
@@ -150,7 +150,7 @@ def flattest(
     if not 0 < max_log_scale <= 40:
         raise UsageError(f"max_log_scale={max_log_scale}: it must lie between 0 and 40")
     if f.weight_decay:
-        raise UsageError(
+        raise LawsError(
             f"f has weight_decay={f.weight_decay}, and rescaling changes the L2 term: take an objective without it"
         )
     h = f.gauss_newton() if curvature == "gauss_newton" else f
@@ -348,7 +348,7 @@ class _Search:
         before, after = self.h.value(), moved.value()
         size = abs(before) + 0.5 * self.history[0]["value"] * float(self.h.x.double().square().sum())
         if abs(after - before) > UNCHANGED_ULPS * torch.finfo(self.h.dtype).eps * size:
-            raise UsageError(
+            raise LawsError(
                 f"the couplings do not leave f unchanged: it is {before:.9g} at x and {after:.9g} at the rescaled x: "
                 "give the laws of this model"
             )

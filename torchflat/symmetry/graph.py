@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram, default_decompositions, export
 from torch.export.graph_signature import InputKind, OutputKind
 
-from torchflat.errors import UsageError
+from torchflat.errors import LawsError
 from torchflat.objective.state import modules_kept, plain_autograd, random_states_kept
 from torchflat.symmetry import rules
 from torchflat.symmetry.forms import Form
@@ -77,7 +77,7 @@ def trace(model: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any]
     """Export ``model`` in ``mode`` ("eval" or "train"), and leave it as it was.
 
     Raises:
-        UsageError: torch.export cannot follow the model.
+        LawsError: torch.export cannot follow the model.
     """
     with modules_kept(model, mode == "train"), random_states_kept(), _slow_attention():
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -89,7 +89,7 @@ def trace(model: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any]
             program = program.run_decompositions(table)
         except TorchErrors as error:
             said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UsageError(
+            raise LawsError(
                 f"torch.export cannot follow the model: {said}; write choices that depend on values with torch.where"
             ) from error
         finally:

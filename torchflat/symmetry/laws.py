@@ -9,12 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torchflat.errors import UsageError, did_you_mean
+from torchflat.errors import LawsError, UsageError, did_you_mean
 from torchflat.symmetry.channels import couplings as couplings_of
 from torchflat.symmetry.coupling import Coupling, Member, centres
 from torchflat.symmetry.fixed_means import FixedMeans, fixed_means
 from torchflat.symmetry.graph import Graph, infer, trace
 from torchflat.symmetry.linear import LinearLaw
+from torchflat.symmetry.modulo import modulo
 from torchflat.symmetry.shifts import linear_laws
 from torchflat.symmetry.state import state_with
 from torchflat.symmetry.units import Units
@@ -33,8 +34,10 @@ _LIMIT_TOLERANCE = 1e-3
 class Laws:
     """Quantities that gradient flow conserves on any data, and the rescalings of the parameters that belong to them.
 
-    ``couplings`` and ``linear`` hold exactly. ``approximate`` do so only as the ε of normalisations goes to 0, and
-    ``measured`` says by how much gradients of this network contradict them, relative to what they are made of.
+    ``couplings`` and ``linear`` hold exactly. ``approximate``, a basis of what there is besides, do so only as the ε of
+    normalisations goes to 0. ``measured`` says by how much gradients of this network, on normal inputs, contradict
+    them, relative to what they are made of: about ε over the smallest variance that is normalised. Near 1 they do not
+    hold here at all, as in a network at its initialisation whose activations have a variance below ε.
     ``unknown`` names the operators without a rule that stopped the inference at the places it names, and ``dropped``
     the laws that the graph promised and a gradient contradicted, which is a defect of a rule.
     """
@@ -277,7 +280,8 @@ def laws(
         seed: of inputs, cotangents and perturbations.
 
     Raises:
-        UsageError: ``mode`` is neither; ``loss`` is another; the model cannot be exported; nothing requires grad.
+        UsageError: ``mode`` is neither; ``loss`` is another.
+        LawsError: the model cannot be exported, or copied; nothing requires grad.
 
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> print(laws(model, torch.zeros(1, 3)).describe())
@@ -288,14 +292,13 @@ def laws(
         raise UsageError(f"mode={mode!r}: laws are those of mode='eval' or of mode='train'")
     inputs, keywords = _arguments(example_input)
     if not any(p.requires_grad for p in model.parameters()):
-        raise UsageError(
-            "no parameter requires grad, so that nothing can be conserved: unfreeze those that are trained"
-        )
+        raise LawsError("no parameter requires grad, so that nothing can be conserved: unfreeze those that are trained")
     along = _class_axis(loss)
     graph = trace(model, inputs, keywords, mode)
     means = fixed_means(graph)
     scalings, unknown = _inferred(graph, means, limit=False)
-    approximate = _beyond(_inferred(graph, means, limit=True)[0], scalings)
+    shapes = {name: graph.shape(name) for name in graph.parameters}
+    approximate = _beyond(_inferred(graph, means, limit=True)[0], scalings, shapes)
     exact: list[Law] = [*scalings, *linear_laws(graph, along)]
 
     def residuals(promised: Sequence[Law], limit: bool) -> dict[str, float]:
@@ -351,15 +354,15 @@ def _inferred(graph: Graph, means: FixedMeans, limit: bool) -> tuple[tuple[Coupl
     return couplings_of(units, units.equations.solve(), graph.parameters), units.unknown
 
 
-def _beyond(limit: Sequence[Coupling], exact: Sequence[Coupling]) -> list[Coupling]:
-    """Return those couplings of ``limit`` that are not in ``exact``."""
-    known = {_signature(coupling) for coupling in exact}
+def _beyond(limit: Sequence[Coupling], exact: Sequence[Coupling], shapes: Mapping[str, torch.Size]) -> list[Coupling]:
+    """Return a basis of what is in ``limit`` modulo ``exact``, which it contains."""
+    known, in_limit = {_signature(coupling) for coupling in exact}, {_signature(coupling) for coupling in limit}
+    more = [coupling for coupling in limit if _signature(coupling) not in known]
+    if not known <= in_limit:
+        # Other variables are free in the limit, so that an exact law may be a sum of several.
+        more = modulo(more, exact, shapes)
     names = {coupling.name for coupling in exact}
-    return [
-        replace(coupling, name=f"{coupling.name} (ε → 0)") if coupling.name in names else coupling
-        for coupling in limit
-        if _signature(coupling) not in known
-    ]
+    return [replace(c, name=f"{c.name} (ε → 0)") if c.name in names else c for c in more]
 
 
 def _signature(coupling: Coupling) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from torchflat.errors import UsageError
+from torchflat.errors import LawsError
 from torchflat.objective.state import modules_kept, plain_autograd, random_states_kept
 from torchflat.symmetry.coupling import Coupling, Member
 from torchflat.symmetry.linear import LinearLaw
@@ -49,7 +49,7 @@ def gradients(
     try:
         twin = copy.deepcopy(model).double()
     except (RuntimeError, TypeError) as error:
-        raise UsageError(f"the model cannot be copied to verify its laws in float64: {error}") from error
+        raise LawsError(f"the model cannot be copied to verify its laws in float64: {error}") from error
     for module in twin.modules():
         if limit and isinstance(getattr(module, "eps", None), float):
             setattr(module, "eps", _NEXT_TO_ZERO)  # noqa: B010
@@ -66,7 +66,7 @@ def gradients(
                 output = functional_call(twin, (parameters, buffers), drawn, named)
             leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
             if not leaves:
-                raise UsageError("the output does not depend on any parameter that requires grad")
+                raise LawsError("the output does not depend on any parameter that requires grad")
             cotangents = [_centred(torch.randn_like(leaf), along) for leaf in leaves]
             found = torch.autograd.grad(leaves, list(parameters.values()), cotangents, materialize_grads=True)
             state = {k: v.detach() for k, v in parameters.items()} | buffers
