@@ -7,7 +7,7 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from torchflat.errors import UsageError
 from torchflat.objective import Objective
 from torchflat.objective.ledger import Ledger
 from torchflat.ops import reference
+from torchflat.optim import NormalizedGD
 from torchflat.problems import PROBLEMS, Factorisation, Quadratic, sines
 from torchflat.spectrum import trace
 
@@ -69,7 +70,8 @@ def test_everything_passes_and_the_table_fits(capsys: pytest.CaptureFixture[str]
     assert missed(output) == []
     assert "✗" not in output
     assert max(map(len, output.splitlines())) <= 80
-    for name in (*(name for name, problem in PROBLEMS.items() if problem.eigenvalues() is not None), "model", "ledger"):
+    known = [name for name, problem in PROBLEMS.items() if problem.eigenvalues() is not None]
+    for name in (*known, "model", "ledger", "optimizer"):
         assert re.search(rf"^{re.escape(name)} .*✓$", output, flags=re.MULTILINE), name
     passed = re.search(r"^(\d+) of (\d+) checks passed in .*seed 0,", output, flags=re.MULTILINE)
     assert passed is not None and passed[1] == passed[2] == str(output.count("✓"))
@@ -172,6 +174,18 @@ def test_a_ledger_that_forgets_is_a_miss(
     code, output = run(capsys, only="ledger")
     assert code == 5
     assert missed(output) == ["ledger gradients"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda params, lr: torch.optim.SGD(params, 0.01), lambda params, lr: NormalizedGD(params, lr, decay=0.6)]
+)
+def test_an_optimizer_that_stops_before_the_flat_minimum_is_a_miss(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, wrong: Callable[..., torch.optim.Optimizer]
+) -> None:
+    monkeypatch.setattr(selftest, "NormalizedGD", wrong)
+    code, output = run(capsys, only="optimizer")
+    assert code == 5
+    assert missed(output) == ["optimizer flatness"]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
