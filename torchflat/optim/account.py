@@ -105,8 +105,10 @@ class Account:
         laws = len(self.sweep.laws)
         ratio = torch.zeros(laws, dtype=torch.float64, device=left.device)
         ratio.scatter_reduce_(0, self.sweep.owner, of_unit / allowed, "amax")
-        refused = torch.tensor([law.name in self.refused for law in self.sweep.laws], device=left.device)
-        return torch.where(refused, torch.nan, ratio)
+        for number, law in enumerate(self.sweep.laws):
+            if law.name in self.refused:
+                ratio[number] = torch.nan
+        return ratio
 
     def statistics(self, x: Swept) -> Tensor:
         """Return, in columns for the laws, |C(x)|, Σ|C|/(writers + readers), |C(x) − C(x₀)| and what is unexplained.
@@ -129,12 +131,12 @@ class Account:
 
     def state_dict(self) -> dict[str, Any]:
         """Return Q(x₀), S and the tolerance by law, and the reasons of refusals: tensors on the CPU and words."""
-        assert self.initial is not None
-        parts = zip(self.sweep.laws, self._by_law(MARGIN * self._rounding), strict=True)
+        assert self.initial is not None and self._masses is not None
         return {
             "initial": self.sweep.by_name(self.initial),
             "explained": self.sweep.by_name(self.explained),
-            "tolerance": {law.name: part for law, part in parts},
+            "tolerance": self._by_law(MARGIN * self._rounding),
+            "masses": self._by_law(self._masses),
             "refused": dict(self.refused),
         }
 
@@ -153,10 +155,11 @@ class Account:
         self.initial = self._joined(state["initial"])
         self.explained = self._joined(state["explained"])
         self._rounding = self._joined(state["tolerance"]) / MARGIN
+        self._masses = self._joined(state["masses"])
         self.refused = dict(state["refused"])
 
-    def _by_law(self, of_units: Tensor) -> list[Tensor]:
-        return [of_units[self.sweep.owner == number].cpu() for number in range(len(self.sweep.laws))]
+    def _by_law(self, of_units: Tensor) -> dict[str, Tensor]:
+        return {law.name: of_units[self.sweep.owner == i].cpu() for i, law in enumerate(self.sweep.laws)}
 
     def _joined(self, parts: Mapping[str, Tensor]) -> Tensor:
         device = self.sweep.unit_of.device

@@ -118,7 +118,7 @@ class Tracker:
         self._parameters = tracked(self.model, optimizer)
         self._follower = None
         if objective is not None:
-            self._follower = Follower(objective, sharpness_every or 100, sharpness_share)
+            self._follower = Follower(objective, 100 if sharpness_every is None else sharpness_every, sharpness_share)
         self._laws, self._example = laws, example_input
         self._autocast: torch.dtype | None = None
         self._account: Account | None = None
