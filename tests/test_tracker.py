@@ -340,7 +340,7 @@ def test_the_conserved_quantity_bounds_the_norms_of_a_factorisation() -> None:
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.5, generator=source)
     eye = torch.eye(4, dtype=torch.float64)
-    product = float(M.norm() + (model(eye) - M).norm())
+    product = float(M.norm() + (model(eye).detach() - M).norm())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     with silent(model, optimizer, product_bound=product) as tracker:
         for _ in range(600):

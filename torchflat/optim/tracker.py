@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -143,6 +143,15 @@ class Tracker:
         return self._watch.alarms
 
     @property
+    def rows(self) -> int:
+        """Number of rows of the history."""
+        return self.history.rows
+
+    def since(self, index: int) -> Iterator[dict[str, Cell]]:
+        """Yield what is known of each row from this one on."""
+        return map(self.history.row, range(index, self.rows))
+
+    @property
     def refused(self) -> Mapping[str, str]:
         """Which laws have a drift only, because steps were not plain, by name, with the reason."""
         return {} if self._account is None else self._account.refused
@@ -187,7 +196,7 @@ class Tracker:
         def watched() -> Any:
             loss = closure()
             if not self._measured:
-                if isinstance(loss, (Tensor, float)):
+                if self._loss is None and isinstance(loss, (Tensor, float)):
                     self._loss = loss.detach() if isinstance(loss, Tensor) else loss
                 self._measure()
             return loss
@@ -368,11 +377,11 @@ class Tracker:
             except ImportError as error:
                 raise UsageError(f"TensorBoard is not installed: pip install tensorboard ({error})") from error
             writer = SummaryWriter(str(target))
-        for row in map(self.history.row, range(self._written, self.history.rows)):
+        for row in self.since(self._written):
             for name, cell in row.items():
                 if name != "step" and isinstance(cell, (int, float)):
                     writer.add_scalar(name, cell, row["step"])
-        self._written = self.history.rows
+        self._written = self.rows
         if writer is target:
             writer.flush()
         else:
