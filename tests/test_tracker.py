@@ -502,7 +502,7 @@ def test_the_loss_may_come_before_or_after_the_step_or_from_a_closure() -> None:
                 else:
                     loss = closure()
                     if way == "before":
-                        tracker.record(loss=float(loss))
+                        tracker.record(loss=float(loss.detach()))
                     optimizer.step()
                     if way == "after":
                         tracker.record(loss=loss)

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from torchflat.audit.drawing import BLUE, GREEN, GREY, INK, ORANGE, logarithmic, nan, panels
+from torchflat.audit.drawing import BLUE, GREEN, GREY, INK, ORANGE, nan, panels, powers
 from torchflat.audit.numerals import shorten
 
 __all__ = ["tracking"]
@@ -54,8 +54,9 @@ def _course(axes: Axes, steps: Sequence[int], history: Columns) -> None:
     ):
         if _positive(history.get(name, ())):
             _line(axes, steps, history[name], color=colour, label=label, linestyle=style)
+    names = ("loss", "gradient_norm", "parameter_norm", "norm_bound", "sum_length")
     axes.set_title("Loss and norms")
-    logarithmic(axes)
+    _scaled(axes, [value for name in names for value in map(nan, history.get(name, ()))])
     _legend(axes)
 
 
@@ -72,10 +73,7 @@ def _drifts(axes: Axes, steps: Sequence[int], history: Columns, names: Sequence[
         _line(axes, steps, history[name], color=colour, linestyle=style, linewidth=1.6, label=label)
     more = len(names) - len(chosen)
     axes.set_title("Drift of each law, |C(x) − C(x₀)|" + (f": {more} smaller ones in grey" if more else ""))
-    top = max(value for name in names for value in map(nan, history[name]) if value > 0)
-    logarithmic(axes)
-    if axes.get_ylim()[0] < DEEPEST * top:
-        axes.set_ylim(bottom=DEEPEST * top)
+    _scaled(axes, [value for name in names for value in map(nan, history[name])])
     _legend(axes)
 
 
@@ -92,11 +90,24 @@ def _edge(axes: Axes, steps: Sequence[int], history: Columns, name: str) -> None
         if part:
             x, y = [row[0] for row in part], [row[1] for row in part]
             axes.plot(x, y, "o", color=BLUE, markerfacecolor=face, markersize=5, label=label)
+    values = [row[1] for row in rows]
     if name == "edge":
         axes.axhline(2, color=INK, linewidth=1.2, linestyle=STYLES[1], label="edge of stability: 2")
-        axes.set_ylim(0, max(2.4, 1.1 * max(row[1] for row in rows)))
+        values.append(2.0)
+    if min(values) > 0 and max(values) > 20 * min(values):
+        _scaled(axes, values)
+    else:
+        axes.set_ylim(min(0.0, 1.1 * min(values)), 1.2 * max(values))
     axes.set_title("η·λ₁" if name == "edge" else "λ₁")
     _legend(axes)
+
+
+def _scaled(axes: Axes, values: Sequence[float]) -> None:
+    """Give the vertical axis a logarithmic scale for the values that it can show."""
+    known = [value for value in values if 0 < value < math.inf]
+    if known:
+        top = max(known)
+        powers(axes, "y", max(min(known), DEEPEST * top) / 1.5, 1.5 * top)
 
 
 def _legend(axes: Axes) -> None:

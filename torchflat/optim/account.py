@@ -66,9 +66,9 @@ class Account:
             self.initial = x.values
         self._masses = x.masses
 
-    def step(self, g: Swept, factors: Tensor | None) -> None:
-        """Enter the step to come: a for each parameter, or None where the steps are not plain ones."""
-        if factors is None or len(self.refused) == len(self.sweep.laws):
+    def step(self, g: Swept, factors: Tensor) -> None:
+        """Enter the plain step to come, with a for each parameter."""
+        if len(self.refused) == len(self.sweep.laws):
             return
         assert self._masses is not None
         a = factors[self._first]
@@ -115,7 +115,7 @@ class Account:
 
         For a full coupling Σ|C| is over the eigenvalues of C; |·| are Euclidean and Frobenius norms.
         """
-        laws, owner = len(self.sweep.laws), self.sweep.owner[self.sweep.unit_of]
+        laws, owner = len(self.sweep.laws), self.sweep.law_of
         sizes = _added(x.values.abs(), owner, laws)
         for number, (law, place) in enumerate(zip(self.sweep.laws, self.sweep.ranges, strict=True)):
             if isinstance(law, Coupling) and law.kind == "full":

@@ -19,8 +19,8 @@ __all__ = ["Follower", "Reading"]
 
 # How near to an eigenvalue a value is to be, and how many products may be spent on it.
 RTOL, PRODUCTS = 0.02, 40
-# Products of a typical measurement, for a guess at what the next one costs.
-TYPICAL = 3
+# What a measurement costs, for a guess at the next one: three products, and as much as two for the graph.
+TYPICAL = 5
 
 
 @dataclass(frozen=True)
@@ -89,17 +89,19 @@ class Follower:
 
     def _follow(self, f: Objective, end: float) -> Reading:
         start = None if self._last is None else self._last.vector.to(f.device, f.dtype)
-        began, status = time.perf_counter(), Status.BUDGET
+        status = Status.BUDGET
         with Krylov.of(f, 0, "tracker", start=start, fresh=1.0 if start is None else 0.0) as krylov:
             while krylov.steps < PRODUCTS and not krylov.full:
+                began = time.perf_counter()
                 krylov.step()
-                each = (time.perf_counter() - began) / krylov.steps
+                each = time.perf_counter() - began
                 if krylov.settled(RTOL * abs(float(krylov.ritz()[0][-1]))):
                     status = Status.TRACKED
                     break
                 if f.team.anywhere(lambda: time.perf_counter() + each > end):  # noqa: B023
                     break
-            self._expected = each * min(krylov.steps, TYPICAL)
+            # The first product of the first measurement chooses how to take the others, and counts for nothing here.
+            self._expected = TYPICAL * each if krylov.steps > 1 else 0.0
             values, vectors = krylov.ritz()
             return Reading(float(values[-1]), status, krylov.vectors(vectors[:, -1:])[0])
 

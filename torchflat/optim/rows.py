@@ -18,10 +18,13 @@ from torchflat.symmetry import Coupling
 __all__ = ["measured", "rates", "tracked", "unscaled"]
 
 
-def measured(account: Account, x: Swept, g: Swept, length: Tensor | None) -> dict[str, Cell]:
-    """Return norms, the length of the step if it is known, and how balanced each law is: all read back at once."""
+def measured(account: Account, x: Swept, gradients: Tensor, length: Tensor | None) -> dict[str, Cell]:
+    """Return norms, the length of the step if it is known, and how balanced each law is: all read back at once.
+
+    ``gradients`` holds the squared norm of each one.
+    """
     inside = account.moves.inside
-    norms = [each.squares[:inside].sum().sqrt() for each in (x, g)]
+    norms = [squares[:inside].sum().sqrt() for squares in (x.squares, gradients)]
     norms.append(torch.full_like(norms[0], math.nan) if length is None else length)
     numbers = torch.cat([torch.stack(norms), account.statistics(x).T.flatten()]).tolist()
     cells: dict[str, Cell] = {"parameter_norm": numbers[0], "gradient_norm": numbers[1]}
@@ -51,8 +54,9 @@ def tracked(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     return found
 
 
-def unscaled(g: Swept, scale: Tensor | None) -> Swept:
+def unscaled(g: Swept, optimizer: Optimizer) -> Swept:
     """Take out the factor of a GradScaler, where the optimizer does that itself in its step."""
+    scale: Tensor | None = getattr(optimizer, "grad_scale", None)
     if scale is None:
         return g
     square = scale.to(g.squares.device, torch.float64) ** 2

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from torchflat import ops
 from torchflat.errors import UsageError
 from torchflat.symmetry import Coupling, Laws, LinearLaw, Member
 
 __all__ = ["Sweep", "Swept"]
-
-# Squares that are held at once, so that they are still in a processor's cache when they are summed.
-PIECE = 2**18
 
 
 @dataclass(frozen=True)
@@ -32,24 +29,18 @@ class Swept:
     masses: Tensor
     squares: Tensor
 
-    @property
-    def norm(self) -> Tensor:
-        """Norm of all tensors taken as one vector."""
-        return self.squares.sum().sqrt()
-
 
 class Sweep:
-    """The plan of a sweep, made once: each tensor is squared in pieces, and each piece summed along rows and columns.
+    """The plan of a sweep, made once: :func:`torchflat.ops.line_squares` of all matrices, and which sums make up what.
 
-    Works on the parameters, on their gradients, and on anything in their shapes. Sums are taken in the tensors' own
-    precision, float32 at least, and added up in float64. Full couplings take a product of matrices in float64.
+    Works on the parameters, on their gradients, and on anything in their shapes. Full couplings take a product of
+    matrices in float64.
 
     Args:
         laws: what to evaluate; approximate laws are left out.
         parameters: by name, those of the laws and any others; the order is that of :attr:`Swept.squares`.
 
-    >>> from torchflat.errors import UsageError
-    from torchflat.symmetry import Member
+    >>> from torchflat.symmetry import Member
     >>> rows = torch.arange(2)
     >>> members = Member("a", 0, rows, rows, 1.0), Member("b", 1, rows, rows, -1.0)
     >>> parameters = {"a": torch.tensor([[3.0, 0.0], [0.0, 1.0]]), "b": torch.tensor([[1.0, 2.0]])}
@@ -67,146 +58,149 @@ class Sweep:
         self._number = {name: i for i, name in enumerate(parameters)}
         self._shapes = [parameter.shape for parameter in parameters.values()]
         self._device = next(iter(parameters.values())).device
-        # Where in one long vector of sums to find those of squares over all but one axis, by tensor and axis; those of
-        # plain entries; and those over single entries, with their places in the flat tensor, squared or not.
-        self._squared: dict[int, dict[int, int]] = {}
-        self._added: dict[tuple[int, int], int] = {}
-        self._picked: list[tuple[int, Tensor, bool, int]] = []
+        # One long vector of sums: of the squares of each matrix, its rows and then its columns; behind them all else.
+        squared = {self._number[m.parameter] for law in self.laws for m in law.members if m.axis is not None}
+        self._matrices = [number for number in sorted(squared) if len(self._shapes[number]) >= 2]
+        self._starts: dict[int, int] = {}
         self._length = 0
+        for number in self._matrices:
+            self._starts[number] = self._length
+            self._length += sum(self._shapes[number][:2])
+        self._others: dict[tuple[int, str], tuple[int, int, Callable[[Tensor], Tensor]]] = {}
         self._full: list[tuple[Coupling, slice, int]] = []
         self.ranges: list[slice] = []
         self._lay_out()
-        # Kept: a large block that is asked for anew costs more to map than to fill.
-        self._workspace: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        self._loose = [i for i in range(len(self._shapes)) if i not in self._squared]
 
     def _lay_out(self) -> None:
-        """Give numbers to values, units and sums, and say which sums make up which values and masses."""
-        values: list[tuple[Tensor, Tensor, Tensor]] = []
-        masses: list[tuple[Tensor, Tensor, Tensor]] = []
+        """Give numbers to values and units, and say which sums make up values, masses and squares."""
+        parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {"values": [], "masses": [], "squares": []}
         owners: list[int] = []
         unit_of: list[Tensor] = []
         entries: list[Tensor] = []
         start = 0
         for number, law in enumerate(self.laws):
             unit, full = len(owners), isinstance(law, Coupling) and law.kind == "full"
-            length = law.size**2 if full else law.size
+            length, units = (law.size**2, 1) if full else (law.size, law.size)
             self.ranges.append(slice(start, start + length))
-            owners += [number] * (1 if full else law.size)
+            owners += [number] * units
             unit_of.append(torch.full((length,), unit) if full else unit + torch.arange(law.size))
-            counts = torch.zeros(1 if full else law.size, dtype=torch.float64)
-            if full:
-                assert isinstance(law, Coupling)
+            counts = torch.zeros(units, dtype=torch.float64)
+            if isinstance(law, Coupling) and full:
                 self._full.append((law, self.ranges[-1], unit))
             else:
                 for member in law.members:
-                    channel, weight = member.channel.cpu(), torch.tensor(member.exponent, dtype=torch.float64)
+                    channel = member.channel.cpu()
+                    weight = torch.full((len(channel),), member.exponent, dtype=torch.float64)
                     square = self._sums(member, squared=True)
-                    factor = weight.expand(len(channel))
                     if isinstance(law, LinearLaw):
-                        plain = self._sums(member, squared=False)
-                        values.append((plain, start + channel, factor))
-                        masses.append((square, unit + channel, factor.square()))
-                        shape = self._shapes[self._number[member.parameter]]
-                        each = shape.numel() // shape[member.axis] if member.axis is not None else member.index.shape[1]
-                        counts.index_add_(0, channel, torch.full((len(channel),), float(each)).double())
+                        parts["values"].append((self._sums(member, squared=False), start + channel, weight))
+                        parts["masses"].append((square, unit + channel, weight.square()))
+                        counts.index_add_(0, channel, torch.full_like(weight, self._entries_of(member)))
                     else:
-                        values.append((square, start + channel, factor))
-                        masses.append((square, unit + channel, factor.abs()))
+                        parts["values"].append((square, start + channel, weight))
+                        parts["masses"].append((square, unit + channel, weight.abs()))
             entries.append(counts)
             start += length
         self.size, self.units = start, len(owners)
-        self._values, self._masses = self._joined(values), self._joined(masses)
+        for number in self._matrices:
+            rows = self._starts[number] + torch.arange(self._shapes[number][0])
+            parts["squares"].append((rows, torch.full_like(rows, number), torch.ones(len(rows))))
+        self._loose = [i for i in range(len(self._shapes)) if i not in self._starts]
+        self._places = self._joined(parts)
         self.owner = torch.tensor(owners, dtype=torch.int64, device=self._device)
         self.unit_of = _joined(unit_of, torch.int64).to(self._device)
+        self.law_of = self.owner[self.unit_of]
         self._entries = _joined(entries, torch.float64).to(self._device)
         self.linear = self._entries > 0
+        self._any_linear = bool(self.linear.any())
+
+    def _joined(self, parts: Mapping[str, Sequence[tuple[Tensor, Tensor, Tensor]]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return which sums go where, with which weights, in the vector of values, masses and squares."""
+        first = {"values": 0, "masses": self.size, "squares": self.size + self.units}
+        rows = [(source, first[kind] + place, weight) for kind, part in parts.items() for source, place, weight in part]
+        sources, places, weights = zip(*rows, strict=True) if rows else ((), (), ())
+        return (
+            _joined(sources, torch.int64).to(self._device),
+            _joined(places, torch.int64).to(self._device),
+            _joined(weights, torch.float64).to(self._device),
+        )
+
+    def _entries_of(self, member: Member) -> float:
+        """Return how many entries a slice of a member has."""
+        shape = self._shapes[self._number[member.parameter]]
+        return float(member.index.shape[1] if member.axis is None else shape.numel() // shape[member.axis])
 
     def _sums(self, member: Member, squared: bool) -> Tensor:
         """Return where the sums over the slices of a member will be found."""
         number = self._number[member.parameter]
-        start = self._length
         if member.axis is None:
-            self._picked.append((number, member.index.to(self._device), squared, start))
-            self._length += len(member.index)
-            return start + torch.arange(len(member.index))
-        axis = member.axis % len(self._shapes[number])
-        if squared:
-            start = self._squared.setdefault(number, {}).setdefault(axis, start)
+            index = member.index.to(self._device)
+            name = f"entries {len(self._others)}"
+            return self._other(number, name, len(index), _picked(index, squared)) + torch.arange(len(index))
+        shape = self._shapes[number]
+        axis = member.axis % len(shape)
+        if squared and number in self._starts and axis < 2:
+            start = self._starts[number] + axis * shape[0]
         else:
-            start = self._added.setdefault((number, axis), start)
-        if start == self._length:
-            self._length += self._shapes[number][axis]
+            start = self._other(number, f"axis {axis}, {squared}", shape[axis], _along(axis, squared))
         return start + member.index.cpu()
 
-    def _joined(self, parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-        sources, targets, weights = zip(*parts, strict=True) if parts else ((), (), ())
-        return (
-            _joined(sources, torch.int64).to(self._device),
-            _joined(targets, torch.int64).to(self._device),
-            _joined(weights, torch.float64).to(self._device),
-        )
+    def _other(self, number: int, name: str, length: int, sums: Callable[[Tensor], Tensor]) -> int:
+        """Enter sums of a tensor that are no rows or columns of squares; return where they will be found."""
+        if (number, name) not in self._others:
+            self._others[number, name] = (self._length, length, sums)
+            self._length += length
+        return self._others[number, name][0]
 
     @torch.no_grad()
     def __call__(self, tensors: Sequence[Tensor | None]) -> Swept:
         """Sweep over tensors in the shapes and the order of the parameters; None stands for zeros."""
-        squares = torch.zeros(len(tensors), dtype=torch.float64, device=self._device)
-        sums = torch.zeros(self._length, dtype=torch.float64, device=self._device)
-        loose = [i for i in self._loose if tensors[i] is not None]
-        if loose:
-            norms = torch._foreach_norm([_plain(tensors[i]) for i in loose], 2, torch.float64)
-            squares[loose] = torch.stack([norm.to(self._device) for norm in norms]).square()
-        for number, places in self._squared.items():
-            tensor = tensors[number]
-            if tensor is not None:
-                found = self._squares(_plain(tensor), list(places))
-                squares[number] = found[0].sum(dtype=torch.float64)
-                for place, part in zip(places.values(), found, strict=True):
-                    sums[place : place + len(part)] = part
-        for (number, axis), place in self._added.items():
-            tensor = tensors[number]
-            if tensor is not None:
-                part = _summed(_plain(tensor), axis)
-                sums[place : place + len(part)] = part
-        for number, index, squared, place in self._picked:
-            tensor = tensors[number]
-            if tensor is not None:
-                tensor = _plain(tensor)
-                chosen = tensor.reshape(-1)[index.to(tensor.device)]
-                sums[place : place + len(index)] = (chosen.square() if squared else chosen).sum(1)
-        return self._assembled(tensors, sums, squares)
-
-    def _squares(self, tensor: Tensor, axes: Sequence[int]) -> list[Tensor]:
-        """Return the sums of squares over all but one axis, for each of ``axes``."""
-        if tensor.ndim < 2:
-            return [tensor.square()]
-        pieces = tensor.split(max(1, PIECE // max(1, math.prod(tensor.shape[1:]))))
-        key, needed = (tensor.device, tensor.dtype), pieces[0].numel()
-        if key not in self._workspace or self._workspace[key].numel() < needed:
-            self._workspace[key] = tensor.new_empty(needed)
-        sums: list[list[Tensor]] = []
-        for piece in pieces:
-            workspace = self._workspace[key][: piece.numel()].view(piece.shape)
-            squares = torch.mul(piece, piece, out=workspace)
-            sums.append([_summed(squares, axis) for axis in axes])
-        if len(sums) == 1:
-            return sums[0]
-        return [
-            torch.cat(parts) if axis == 0 else torch.stack(parts).sum(0, dtype=torch.float64)
-            for axis, parts in zip(axes, zip(*sums, strict=True), strict=True)
-        ]
-
-    def _assembled(self, tensors: Sequence[Tensor | None], sums: Tensor, squares: Tensor) -> Swept:
-        values = torch.zeros(self.size, dtype=torch.float64, device=self._device)
-        masses = torch.zeros(self.units, dtype=torch.float64, device=self._device)
-        for target, (source, place, weight) in ((values, self._values), (masses, self._masses)):
-            target.index_add_(0, place, sums[source] * weight)
-        masses = torch.where(self.linear, (masses * self._entries).sqrt(), masses)
+        source, place, weight = self._places
+        found = torch.zeros(self.size + self.units + len(tensors), dtype=torch.float64, device=self._device)
+        found.index_add_(0, place, self._all_sums(tensors)[source].mul_(weight))
+        values, masses, squares = found.split([self.size, self.units, len(tensors)])
+        self._add_squares(squares, tensors, self._loose)
+        if self._any_linear:
+            masses = torch.where(self.linear, (masses * self._entries).sqrt(), masses)
         for coupling, matrix, unit in self._full:
             grams = self._gram(coupling, tensors)
             values[matrix] = (grams[0] - grams[1]).reshape(-1)
             masses[unit] = grams.diagonal(dim1=1, dim2=2).sum()
         return Swept(values, masses, squares)
+
+    @torch.no_grad()
+    def squares(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Return |tensor|² only, (tensors,)."""
+        squares = torch.zeros(len(tensors), dtype=torch.float64, device=self._device)
+        self._add_squares(squares, tensors, range(len(tensors)))
+        return squares
+
+    def _add_squares(self, squares: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[int]) -> None:
+        known = [number for number in numbers if tensors[number] is not None]
+        if known:
+            norms = torch._foreach_norm([_plain(tensors[number]) for number in known], 2, torch.float64)
+            squares[known] = torch.stack([norm.to(self._device) for norm in norms]).square()
+
+    def _all_sums(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Return the long vector of sums."""
+        devices: dict[torch.device, list[int]] = {}
+        for number in self._matrices:
+            tensor = tensors[number]
+            if tensor is not None:
+                devices.setdefault(tensor.device, []).append(number)
+        lines: dict[int, Tensor] = {}
+        for numbers in devices.values():
+            together = ops.line_squares([_plain(tensors[number]) for number in numbers])
+            if len(numbers) == len(self._matrices) and not self._others:
+                return together.to(self._device)
+            lengths = [sum(self._shapes[number][:2]) for number in numbers]
+            lines |= dict(zip(numbers, together.to(self._device).split(lengths), strict=True))
+        zeros = torch.zeros(self._length, dtype=torch.float64, device=self._device)
+        parts = [lines.get(number, zeros[: sum(self._shapes[number][:2])]) for number in self._matrices]
+        for (number, _), (_, length, sums) in self._others.items():
+            tensor = tensors[number]
+            parts.append(zeros[:length] if tensor is None else sums(_plain(tensor)).to(self._device, torch.float64))
+        return torch.cat([*parts, zeros[:0]])
 
     def _gram(self, coupling: Coupling, tensors: Sequence[Tensor | None]) -> Tensor:
         """Return Σ MMᵀ over the runs of the writers, and of the readers, (2, size, size)."""
@@ -245,6 +239,22 @@ def _plain(tensor: Tensor | None) -> Tensor:
     return tensor.float() if tensor.element_size() < 4 else tensor
 
 
-def _summed(tensor: Tensor, axis: int) -> Tensor:
-    others = [other for other in range(tensor.ndim) if other != axis]
-    return tensor.sum(others) if others else tensor
+def _along(axis: int, squared: bool) -> Callable[[Tensor], Tensor]:
+    """Return the function that sums entries, or their squares, over all axes but one."""
+
+    def sums(tensor: Tensor) -> Tensor:
+        others = [other for other in range(tensor.ndim) if other != axis]
+        terms = tensor.square() if squared else tensor
+        return terms.sum(others) if others else terms
+
+    return sums
+
+
+def _picked(index: Tensor, squared: bool) -> Callable[[Tensor], Tensor]:
+    """Return the function that sums entries at the places in each row of ``index``, or their squares."""
+
+    def sums(tensor: Tensor) -> Tensor:
+        chosen = tensor.reshape(-1)[index.to(tensor.device)]
+        return (chosen.square() if squared else chosen).sum(1)
+
+    return sums

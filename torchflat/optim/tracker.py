@@ -244,21 +244,23 @@ class Tracker:
         recorded = self.steps % self.every == 0
         if not (plain or recorded):
             return
-        g = account.sweep([parameter.grad for parameter in self._parameters.values()])
-        g = unscaled(g, getattr(self.optimizer, "grad_scale", None))
-        factors = account.moves.factors(g.squares) if plain else None
+        gradients = [parameter.grad for parameter in self._parameters.values()]
+        g = unscaled(account.sweep(gradients), self.optimizer) if plain else None
+        squares = account.sweep.squares(gradients) if g is None else g.squares
+        factors = None if g is None else account.moves.factors(squares)
         x = account.sweep(self._tensors()) if recorded or not account.begun else None
         if x is not None:
             account.begin(x)
-        length = None if factors is None else (factors.square() * g.squares).nansum().sqrt()
+        length = None if factors is None else (factors.square() * squares).nansum().sqrt()
         if self._measures_steps:
             self._before = [tensor.clone() for tensor in self._tensors()]
         elif length is not None:
             self._travel(length)
         if recorded:
             assert x is not None
-            self._add_row(account, x, g, factors, length)
-        account.step(g, factors)
+            self._add_row(account, x, squares, factors, length)
+        if g is not None and factors is not None:
+            account.step(g, factors)
         self._loss = None
 
     def _travel(self, length: Tensor) -> None:
@@ -294,11 +296,13 @@ class Tracker:
             self._log(alarm)
             return Laws(())
 
-    def _add_row(self, account: Account, x: Swept, g: Swept, factors: Tensor | None, length: Tensor | None) -> None:
+    def _add_row(
+        self, account: Account, x: Swept, squares: Tensor, factors: Tensor | None, length: Tensor | None
+    ) -> None:
         """Append what is known of x_k, and look for what is amiss."""
         row: dict[str, Cell] = {"step": self.steps, "loss": None if self._loss is None else float(self._loss)}
         row |= rates(self.optimizer)
-        row |= measured(account, x, g, length)
+        row |= measured(account, x, squares, length)
         row |= self._travelled()
         bound = self._watch.bound(account.sweep.laws, row, list(self._parameters)[: account.moves.inside])
         if bound is not None:
