@@ -61,7 +61,7 @@ def _course(axes: Axes, steps: Sequence[int], history: Columns) -> None:
 
 
 def _drifts(axes: Axes, steps: Sequence[int], history: Columns, names: Sequence[str]) -> None:
-    """Draw |C(x) − C(x₀)| relative to nothing: as it is conserved, it has a scale of its own."""
+    """Draw |C(x) − C(x₀)| of each law, those that drift most with a name."""
     largest = sorted(names, key=lambda name: -max(filter(math.isfinite, map(nan, history[name])), default=0.0))
     chosen = [name for name in names if name in largest[:SHOWN]]
     for name in names:
