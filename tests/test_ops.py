@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -196,6 +197,41 @@ def test_native_lists_are_their_twins(data: st.DataObject) -> None:
         torch.testing.assert_close(got, expected, rtol=2 * torch.finfo(got.dtype).eps, atol=1e-15)
 
 
+# --- line_squares -----------------------------------------------------------------------------------------------------
+
+MATRICES = st.lists(st.tuples(st.sampled_from((1, 2, 33, 300)), st.sampled_from((1, 5, 32, 257)), st.integers(1, 4)))
+
+
+@pytest.mark.parametrize("implementation", [reference, pytest.param(torch.ops.torchflat, marks=needs_native)])
+@settings(max_examples=30, deadline=None)
+@given(shapes=MATRICES.filter(bool), dtype=st.sampled_from(FLOATS), transposed=st.booleans())
+def test_rows_and_columns_of_squares(
+    implementation: Any, shapes: list[tuple[int, int, int]], dtype: torch.dtype, transposed: bool
+) -> None:
+    tensors = [randn(*shape, dtype=dtype, seed=seed) for seed, shape in enumerate(shapes)]
+    tensors += [randn(7, 3, dtype=dtype)]
+    if transposed:
+        tensors = [tensor.transpose(0, 1) for tensor in tensors]
+    found = implementation.line_squares(tensors)
+    squares = [
+        tensor.double().square().flatten(2) if tensor.ndim > 2 else tensor.double().square() for tensor in tensors
+    ]
+    expected = [
+        square.sum([other for other in range(square.ndim) if other != axis]) for square in squares for axis in (0, 1)
+    ]
+    exact = dtype == torch.float64 or implementation is not reference
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-13 if exact else 1e-5, atol=0)
+
+
+def test_line_squares_of_nothing_and_of_what_has_no_rows() -> None:
+    assert ops.line_squares([]).tolist() == []
+    assert ops.line_squares([torch.ones(2, 0), torch.ones(0, 3)]).tolist() == [0.0] * 5
+    with pytest.raises(RuntimeError, match="two axes or more"):
+        ops.line_squares([torch.ones(3)])
+    with pytest.raises(RuntimeError, match="not differentiable"):
+        ops.line_squares([torch.ones(3, 3, requires_grad=True)])
+
+
 # --- axpy_ ------------------------------------------------------------------------------------------------------------
 
 
@@ -361,6 +397,7 @@ def test_autograd_notices_that_a_saved_tensor_was_changed() -> None:
         ("dot", ([torch.ones(3, 2), torch.ones(4)], [torch.ones(3, 2).bfloat16(), torch.ones(4).double()])),
         ("dot", ([torch.ones(3, requires_grad=True)], [torch.ones(3)])),
         ("axpy_", ([torch.ones(3, 2).double(), torch.ones(4)], [torch.ones(2, 3).T, torch.ones(4)], 0.5)),
+        ("line_squares", ([torch.ones(3, 4), torch.ones(2, 5, 3).double()],)),
     ],
 )
 def test_opcheck(name: str, arguments: tuple) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchflat.ops.library import backend, describe
 
-__all__ = ["axpby_", "axpy_", "backend", "describe", "dot", "norm", "norms", "orthogonalize_"]
+__all__ = ["axpby_", "axpy_", "backend", "describe", "dot", "line_squares", "norm", "norms", "orthogonalize_"]
 
 
 def orthogonalize_(basis: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,6 +92,27 @@ def norm(a: Sequence[Tensor]) -> Tensor:
     """
     total: Tensor = torch.linalg.vector_norm(norms(a))
     return total
+
+
+def line_squares(a: Sequence[Tensor]) -> Tensor:
+    """Squared norms of the rows and of the columns of each matrix in a list, from one read of it: float64.
+
+    For each tensor (r, c, ...) the squares of its entries are summed over all but the first axis, (r,), and over all
+    but the second, (c,); the answer has these in a row. The compiled kernel computes in float64; the twin sums float32
+    squares in float32, in pieces.
+
+    Raises:
+        RuntimeError: if a tensor has less than two axes, they lie on several devices, or autograd would have to follow.
+
+    >>> line_squares([torch.tensor([[1.0, 2.0], [0.0, 3.0], [0.0, 0.0]])]).tolist()
+    [5.0, 9.0, 0.0, 1.0, 13.0]
+    """
+    a = list(a)
+    if not a:
+        return torch.zeros(0, dtype=torch.float64)
+    _refuse_autograd("line_squares", a)
+    result: Tensor = torch.ops.torchflat.line_squares(a)
+    return result
 
 
 def axpy_(y: Sequence[Tensor], x: Sequence[Tensor], alpha: float = 1.0) -> None:

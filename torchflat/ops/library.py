@@ -20,6 +20,7 @@ from torchflat.ops import reference
 
 __all__ = ["backend", "describe"]
 
+# Of both devices: line_squares is compiled for the CPU only, as its twin is bound by memory on CUDA already.
 _KERNELS = ("orthogonalize_", "dot", "norms", "axpy_", "axpby_")
 _PACKAGE = Path(__file__).resolve().parent
 _BUILD_RECORD = _PACKAGE / "_build.json"
@@ -101,6 +102,11 @@ def _fake_norms(a: list[Tensor]) -> Tensor:
     return a[0].new_empty(len(a), dtype=torch.float64)
 
 
+def _fake_line_squares(a: list[Tensor]) -> Tensor:
+    reference.check_lines(a)
+    return a[0].new_empty(sum(x.shape[0] + x.shape[1] for x in a), dtype=torch.float64)
+
+
 def _fake_axpy(y: list[Tensor], x: list[Tensor], alpha: float) -> None:
     reference.check_lists(y, x, "axpy_")
 
@@ -120,6 +126,7 @@ def _define(schema: str, twin: Callable[..., Any], fake: Callable[..., Any]) -> 
 _define("orthogonalize_(Tensor basis, Tensor(a!) vector) -> Tensor", reference.orthogonalize_, _fake_orthogonalize)
 _define("dot(Tensor[] a, Tensor[] b) -> Tensor", reference.dot, _fake_dot)
 _define("norms(Tensor[] a) -> Tensor", reference.norms, _fake_norms)
+_define("line_squares(Tensor[] a) -> Tensor", reference.line_squares, _fake_line_squares)
 _define("axpy_(Tensor(a!)[] y, Tensor[] x, float alpha) -> ()", reference.axpy_, _fake_axpy)
 _define("axpby_(Tensor(a!)[] y, Tensor[] x, Tensor alpha, Tensor beta) -> ()", reference.axpby_, reference.check_axpby)
 

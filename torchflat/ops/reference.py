@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["CHUNK", "axpby_", "axpy_", "dot", "norms", "orthogonalize_"]
+__all__ = ["CHUNK", "axpby_", "axpy_", "dot", "line_squares", "norms", "orthogonalize_"]
 
 CHUNK = 1 << 18
 
@@ -47,6 +47,26 @@ def norms(a: list[Tensor]) -> Tensor:
     """Square root of :func:`dot` of each tensor with itself."""
     check_list(a, "norms")
     return torch.stack([dot([each], [each]) for each in a]).sqrt_()
+
+
+def line_squares(a: list[Tensor]) -> Tensor:
+    """Square in pieces that stay in a cache, each summed along both axes in its own precision, float32 at least."""
+    check_lines(a)
+    width = max((x.shape[1:].numel() for x in a), default=1)
+    pieces: dict[torch.dtype, Tensor] = {}
+    lines = []
+    for x in a:
+        x = x.detach().float() if x.element_size() < 4 else x.detach()
+        if x.dtype not in pieces:
+            pieces[x.dtype] = x.new_empty(max(CHUNK, width))
+        columns = x.new_zeros(x.shape[1], dtype=torch.float64)
+        for part in x.split(max(1, CHUNK // max(1, x.shape[1:].numel()))):
+            squares = torch.mul(part, part, out=pieces[x.dtype][: part.numel()].view(part.shape))
+            squares = squares.flatten(2).sum(2) if squares.ndim > 2 else squares
+            lines.append(squares.sum(1).double())
+            columns += squares.sum(0)
+        lines.append(columns)
+    return torch.cat(lines)
 
 
 def axpy_(y: list[Tensor], x: list[Tensor], alpha: float) -> None:
@@ -117,6 +137,16 @@ def check_lists(a: list[Tensor], b: list[Tensor], name: str) -> None:
 def check_list(a: list[Tensor], name: str) -> None:
     """Raise RuntimeError unless the list is not empty, lies on one device, and holds floating point."""
     check_lists(a, a, name)
+
+
+def check_lines(a: list[Tensor]) -> None:
+    """:func:`check_list`, and each tensor must have two axes or more."""
+    check_list(a, "line_squares")
+    for tensor in a:
+        torch._check(
+            tensor.dim() >= 2,
+            lambda shape=tuple(tensor.shape): f"line_squares: tensors must have two axes or more, got {shape}",  # type: ignore[misc]
+        )
 
 
 def check_axpby(y: list[Tensor], x: list[Tensor], alpha: Tensor, beta: Tensor) -> None:

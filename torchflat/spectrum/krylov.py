@@ -104,13 +104,17 @@ class Krylov:
         self._basis = Basis(n, self._fixed + self._capacity, dtype, device, memory)
         for row in deflated if deflated is not None else ():
             self._basis.append(row)
-        vector = random_unit_vector(n, seed, stream, torch.float64, device)
-        _, norm = self._basis.orthogonalise(vector)
-        vector /= norm
-        self.share = 1.0
         # In one dimension every start is the same, and two of them may cancel.
-        if start is not None and self.dimension > 1:
-            vector.mul_(fresh).add_(start)
+        given = start if self.dimension > 1 else None
+        self.share = 1.0
+        if given is None or fresh:
+            vector = random_unit_vector(n, seed, stream, torch.float64, device)
+            _, norm = self._basis.orthogonalise(vector)
+            vector /= norm
+        else:
+            vector = torch.zeros(n, dtype=torch.float64, device=device)
+        if given is not None:
+            vector.mul_(fresh).add_(given)
             _, norm = self._basis.orthogonalise(vector)
             vector /= norm
             self.share = fresh / norm
@@ -225,6 +229,12 @@ class Krylov:
         """‖H y − θ y‖ for every Ritz pair, ascending in θ: βₖ times the last components, and the measured rounding."""
         left = self.betas[-1] * self.ritz()[1][-1]
         return self.scale * torch.hypot(left, torch.full_like(left, self.rounding))
+
+    def settled(self, tolerance: float) -> bool:
+        """Whether an eigenvalue is as near to the top Ritz value θ as a quarter of it: |λ − θ| ≤ min(r, r²/gap)."""
+        values, residual = self.ritz()[0], float(self.residuals()[-1])
+        gap = float(values[-1] - values[-2]) if len(values) > 1 else 0.0
+        return self.exhausted or min(residual, residual**2 / gap if gap else math.inf) <= tolerance / 4
 
     def upper(self, delta: float) -> float:
         """Bound the largest eigenvalue of P H P from above, with probability at least 1 − δ (T090), less rounding.

@@ -236,15 +236,9 @@ class _Lanczos:
         return self._krylov.top(self._delta, product_error)
 
     def status(self, run: Run, bounds: Bounds, over: bool) -> Status | None:
-        if self._krylov.share == 0 and self._settled(run.tolerance(abs(bounds.value), bounds.floor)):
+        if self._krylov.share == 0 and self._krylov.settled(run.tolerance(abs(bounds.value), bounds.floor)):
             return Status.TRACKED
         return run.status(bounds, self._krylov.norm, exhausted=self._krylov.exhausted, over=over)
-
-    def _settled(self, tolerance: float) -> bool:
-        """Whether an eigenvalue is as near as a quarter of the tolerance: |λ − θ| ≤ min(r, r²/gap)."""
-        values, residual = self._krylov.ritz()[0], self.residual
-        gap = float(values[-1] - values[-2]) if len(values) > 1 else 0.0
-        return self._krylov.exhausted or min(residual, residual**2 / gap if gap else math.inf) <= tolerance / 4
 
 
 def _solve(f: Objective, run: Run, process: Process, instead: Callable[[], Process]) -> Sharpness:
