@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 import torchflat
 from experiments.cells import Cells, write_json
 from experiments.claim import Claim, Unreached, Verdict, judge
-from torchflat.audit.drawing import png, svg
+from torchflat.drawing import png, svg
 from torchflat.errors import UsageError
 
 try:

@@ -20,7 +20,7 @@ from experiments.cells import Cells
 from experiments.claim import Claim
 from experiments.plane import levels, path
 from torchflat import Verdict, compare
-from torchflat.audit.drawing import BLUE, INK, ORANGE, logarithmic, panels
+from torchflat.drawing import BLUE, INK, ORANGE, logarithmic, panels
 from torchflat.optim import NormalizedGD, PowerDecayLR
 from torchflat.problems import QuarticTie
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from experiments.cells import Cells
 from experiments.claim import Claim
 from torchflat import Objective
-from torchflat.audit.drawing import BLUE, GREEN, INK, ORANGE, logarithmic, panels
+from torchflat.drawing import BLUE, GREEN, INK, ORANGE, logarithmic, panels
 from torchflat.problems import Monomial
 from torchflat.symmetry import Laws, flow
 

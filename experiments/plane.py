@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torchflat.audit.drawing import GREY
+from torchflat.drawing import GREY
 
 __all__ = ["levels", "path"]
 

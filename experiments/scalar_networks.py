@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from experiments.cells import Cells
 from experiments.claim import Claim
 from torchflat import Objective, sharpness, symmetry
-from torchflat.audit.drawing import BLUE, GREEN, INK, ORANGE, panels, powers
+from torchflat.drawing import BLUE, GREEN, INK, ORANGE, panels, powers
 
 TITLE = "Unique Properties of Flat Minima, Figures 1, 2 and Lemma 2: valleys of scalar networks"
 

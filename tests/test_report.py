@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 
 from torchflat.audit import figures, page
 from torchflat.audit import report as report_module
-from torchflat.audit.numerals import confidence, duration, memory, number, printable, shorten, span
 from torchflat.audit.profile import doubling_radius
 from torchflat.audit.report import Report
 from torchflat.errors import UsageError
+from torchflat.numerals import confidence, duration, memory, number, printable, shorten, span
 from torchflat.result import Status
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}

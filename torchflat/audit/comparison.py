@@ -15,7 +15,6 @@ from torch import nn
 from torchflat import ops
 from torchflat.audit.checkpoint import Checkpoint
 from torchflat.audit.comparison_report import ComparisonReport
-from torchflat.audit.numerals import number
 from torchflat.audit.options import CompareOptions
 from torchflat.audit.orbit import find_laws
 from torchflat.audit.profile import profile_part
@@ -25,6 +24,7 @@ from torchflat.audit.task import Task, load_task
 from torchflat.distributed import Team
 from torchflat.errors import UsageError
 from torchflat.flatness import Variation, compare
+from torchflat.numerals import number
 from torchflat.objective import Objective
 from torchflat.result import Cost, Status
 from torchflat.spectrum import NotConvergedWarning

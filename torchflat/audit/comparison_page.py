@@ -8,8 +8,8 @@ from typing import Any
 
 from torchflat.audit import markup
 from torchflat.audit.comparison_report import grounds, named, side_rows, verdict_words, verdicts
-from torchflat.audit.numerals import confidence, count, duration, memory
 from torchflat.audit.page import provenance_section
+from torchflat.numerals import confidence, count, duration, memory
 
 __all__ = ["comparison_page"]
 

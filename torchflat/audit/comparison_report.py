@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchflat.audit.numerals import count, number, shorten
 from torchflat.audit.profile_words import order_words, radius_words
 from torchflat.audit.report import check, footer_text, table_lines, wrapped, write_whole
 from torchflat.errors import UsageError
 from torchflat.flatness.profiles import Verdict
+from torchflat.numerals import count, number, shorten
 
 __all__ = ["ComparisonReport", "grounds", "named", "side_rows", "verdict_words", "verdicts"]
 
@@ -52,8 +52,8 @@ class ComparisonReport:
         it cannot be written.
         """
         from torchflat.audit.comparison_page import comparison_page
-        from torchflat.audit.drawing import png
         from torchflat.audit.profile_figures import comparison
+        from torchflat.drawing import png
 
         self.validate()
         folder = Path(folder)

@@ -15,11 +15,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from torchflat.audit.drawing import BLUE, GREEN, GREY, INK, ORANGE, logarithmic, nan, panels, png
-from torchflat.audit.numerals import shorten
 from torchflat.audit.orbit_figures import balance, drawable
 from torchflat.audit.profile_figures import profile
 from torchflat.audit.report import eigenvalue_name
+from torchflat.drawing import BLUE, GREEN, GREY, INK, ORANGE, logarithmic, nan, panels, png
+from torchflat.numerals import shorten
 
 __all__ = ["FIGURES", "blocks", "convergence", "density", "draw", "eigenvalues", "png", "trajectory"]
 

@@ -21,9 +21,9 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torchflat.audit.numerals import span
 from torchflat.audit.report import schema
 from torchflat.errors import UsageError
+from torchflat.numerals import span
 
 __all__ = ["Gate", "Outcome", "Verdict", "evaluate", "keys", "parse"]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torchflat.audit import numerals
+from torchflat import numerals
 from torchflat.result import Status
 
 __all__ = [
@@ -75,7 +75,7 @@ def prose(sentence: str) -> str:
 
 
 def span(part: Mapping[str, Any]) -> tuple[str, str]:
-    """Return a number and its interval; see :func:`torchflat.audit.numerals.span`."""
+    """Return a number and its interval; see :func:`torchflat.numerals.span`."""
     value, interval = numerals.span(part["value"], part["lower"], part["upper"])
     return typeset(value), f'<span class="number">{typeset(interval)}</span>'
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from torchflat.audit.drawing import BLUE, GREEN, INK, panels, powers
-from torchflat.audit.numerals import shorten
+from torchflat.drawing import BLUE, GREEN, INK, panels, powers
+from torchflat.numerals import shorten
 
 __all__ = ["SHOWN", "balance", "drawable"]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from decimal import ROUND_FLOOR
 from typing import Any
 
-from torchflat.audit.numerals import confidence, count, number, span
+from torchflat.numerals import confidence, count, number, span
 
 __all__ = ["coupling_cells", "law_rows", "laws_sentences", "orbit_sentences"]
 

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torchflat.audit import markup
-from torchflat.audit.numerals import confidence, count, duration, memory, share
 from torchflat.audit.orbit_words import coupling_cells, laws_sentences, orbit_sentences
 from torchflat.audit.profile_words import profile_sentences
 from torchflat.audit.report import PARTS, notes_of, plan_sentence
+from torchflat.numerals import confidence, count, duration, memory, share
 from torchflat.result import Status
 
 __all__ = ["provenance_section", "report_page", "trajectory_page"]

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from torchflat.audit.drawing import BLUE, GREEN, GREY, INK, ORANGE, nan, panels, powers
+from torchflat.drawing import BLUE, GREEN, GREY, INK, ORANGE, nan, panels, powers
 from torchflat.flatness.profiles import CURVED
 
 __all__ = ["comparison", "profile"]

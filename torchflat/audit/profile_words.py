@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torchflat.audit.numerals import number
+from torchflat.numerals import number
 
 __all__ = ["order_words", "profile_sentences", "radius_words"]
 

@@ -13,7 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torchflat.audit.numerals import (
+from torchflat.audit.orbit_words import coupling_cells, laws_sentences, orbit_sentences
+from torchflat.audit.profile_words import profile_sentences
+from torchflat.errors import UsageError
+from torchflat.numerals import (
     columns,
     confidence,
     count,
@@ -25,9 +28,6 @@ from torchflat.audit.numerals import (
     shorten,
     span,
 )
-from torchflat.audit.orbit_words import coupling_cells, laws_sentences, orbit_sentences
-from torchflat.audit.profile_words import profile_sentences
-from torchflat.errors import UsageError
 from torchflat.result import Status
 
 __all__ = ["Report", "check", "footer_text", "schema", "table_lines", "wrapped", "write_whole"]

@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import tyro
 
 from torchflat.audit.flatten import flatten_checkpoint
-from torchflat.audit.numerals import confidence, count, number, span
 from torchflat.audit.options import FlattenOptions
 from torchflat.audit.orbit_words import orbit_sentences
 from torchflat.audit.report import footer_text, table_lines, wrapped
@@ -21,6 +20,7 @@ from torchflat.cli.progress import Bars, say
 from torchflat.cli.subject import named
 from torchflat.distributed import Team
 from torchflat.errors import UsageError
+from torchflat.numerals import confidence, count, number, span
 from torchflat.result import Status
 
 __all__ = ["Flatten"]

@@ -360,7 +360,7 @@ class Tracker:
 
     def figure(self) -> Figure:
         """Draw loss and norms, the drift of each law, and λ₁ against the edge of stability."""
-        from torchflat.audit.tracking_figure import tracking  # drawing is the audit's, and needs matplotlib
+        from torchflat.optim.tracking_figure import tracking  # needs matplotlib
 
         return tracking(self.history)
 

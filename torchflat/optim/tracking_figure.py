@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from torchflat.audit.drawing import BLUE, GREEN, GREY, INK, ORANGE, nan, panels, powers
-from torchflat.audit.numerals import shorten
+from torchflat.drawing import BLUE, GREEN, GREY, INK, ORANGE, nan, panels, powers
+from torchflat.numerals import shorten
 
 __all__ = ["tracking"]
 
