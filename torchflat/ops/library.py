@@ -20,7 +20,7 @@ from torchflat.ops import reference
 
 __all__ = ["backend", "describe"]
 
-_KERNELS = ("orthogonalize_", "dot", "norms", "axpy_", "axpby_")
+_KERNELS = ("orthogonalize_", "dot", "norms", "axpy_", "axpby_", "normalized_axpby_")
 _PACKAGE = Path(__file__).resolve().parent
 _BUILD_RECORD = _PACKAGE / "_build.json"
 
@@ -105,6 +105,15 @@ def _fake_axpy(y: list[Tensor], x: list[Tensor], alpha: float) -> None:
     reference.check_lists(y, x, "axpy_")
 
 
+def _fake_axpby(y: list[Tensor], x: list[Tensor], alpha: Tensor, beta: Tensor) -> None:
+    reference.check_axpby(y, x, alpha, beta, len(y), "axpby_")
+
+
+def _fake_normalized_axpby(y: list[Tensor], x: list[Tensor], alpha: Tensor, beta: Tensor) -> Tensor:
+    reference.check_axpby(y, x, alpha, beta, 1, "normalized_axpby_")
+    return alpha.new_empty(())
+
+
 _library = torch.library.Library("torchflat", "DEF")
 
 
@@ -121,7 +130,12 @@ _define("orthogonalize_(Tensor basis, Tensor(a!) vector) -> Tensor", reference.o
 _define("dot(Tensor[] a, Tensor[] b) -> Tensor", reference.dot, _fake_dot)
 _define("norms(Tensor[] a) -> Tensor", reference.norms, _fake_norms)
 _define("axpy_(Tensor(a!)[] y, Tensor[] x, float alpha) -> ()", reference.axpy_, _fake_axpy)
-_define("axpby_(Tensor(a!)[] y, Tensor[] x, Tensor alpha, Tensor beta) -> ()", reference.axpby_, reference.check_axpby)
+_define("axpby_(Tensor(a!)[] y, Tensor[] x, Tensor alpha, Tensor beta) -> ()", reference.axpby_, _fake_axpby)
+_define(
+    "normalized_axpby_(Tensor(a!)[] y, Tensor[] x, Tensor alpha, Tensor beta) -> Tensor",
+    reference.normalized_axpby_,
+    _fake_normalized_axpby,
+)
 
 _loaded: dict[str, str] = {}
 _reasons: dict[str, str] = {}
