@@ -153,11 +153,16 @@ class NormalizedGD(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state as other optimizers do; each parameter has its own copy of the count of steps."""
         state: dict[str, Any] = super().state_dict()
-        kept = state["state"]
-        state["state"] = {
-            index: {**each, "step": each["step"].clone()} if "step" in each else each for index, each in kept.items()
-        }
+        for index, kept in state["state"].items():
+            if isinstance(kept, dict) and "step" in kept:
+                state["state"][index] = {**kept, "step": self._clock.clone()}
         return state
+
+    @property
+    def _clock(self) -> Tensor:
+        """The count of steps, k."""
+        clock: Tensor = self.state[self.param_groups[0]["params"][0]]["step"]
+        return clock
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -202,9 +207,9 @@ class NormalizedGD(Optimizer):
                 grads.append(p.grad)
         if not params:
             return
-        if len(self.state) < sum(len(each["params"]) for each in self.param_groups):
+        if "step" not in self.state[params[0]]:
             self._share_clock()
-        clocks.append(next(iter(self.state.values()))["step"])
+        clocks.append(self._clock)
         if group["momentum"]:
             for p in params:
                 state = self.state[p]
@@ -214,7 +219,8 @@ class NormalizedGD(Optimizer):
 
     def _share_clock(self) -> None:
         """Let the states of all parameters hold one and the same count of steps: the largest that there was, or 0."""
-        k = max((float(state["step"]) for state in self.state.values() if "step" in state), default=0.0)
+        states = [state for state in self.state.values() if isinstance(state, dict)]  # hooks may add other things
+        k = max((float(state["step"]) for state in states if "step" in state), default=0.0)
         group = self.param_groups[0]
         device = group["params"][0].device if group["capturable"] else "cpu"
         clock = torch.full((), k, dtype=torch.float32, device=device)
