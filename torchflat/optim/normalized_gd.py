@@ -230,6 +230,7 @@ class NormalizedGD(Optimizer):
 
     def _move(self, shares: Sequence[_Share], clock: Tensor) -> None:
         """Take the step and advance k; or, if the norm of the gradient is not finite, do neither."""
+        directions = [share.grads for share in shares]
         norms = [share.norms(share.grads) for share in shares]
         finite = _total(norms).isfinite()
         reads_back = not (torch.compiler.is_compiling() or any(share.group["capturable"] for share in shares))
@@ -240,14 +241,14 @@ class NormalizedGD(Optimizer):
         pools: dict[str | int, list[Tensor]] = {}
         for index, (share, gate) in enumerate(zip(shares, gates, strict=True)):
             if share.buffers:
-                share.accumulate(gate)
-                norms[index] = share.norms(share.buffers)
+                directions[index] = share.accumulate(gate)
+                norms[index] = share.norms(directions[index])
             pools.setdefault(share.pool, []).append(norms[index])
         totals = {pool: _total(pooled) for pool, pooled in pools.items()}
-        for share, norm, gate in zip(shares, norms, gates, strict=True):
+        for share, toward, norm, gate in zip(shares, directions, norms, gates, strict=True):
             by = norm if share.group["norm"] == "tensor" else totals[share.pool].to(norm.device)
             length = share.group["lr"] * (clock.to(_wide(clock.device)) + 1) ** -share.group["decay"]
-            share.move(length, by, gate)
+            share.move(toward, length, by, gate)
         clock += 1 if reads_back else finite.to(clock.device)
 
     def _refuse(self, shares: Sequence[_Share]) -> None:
@@ -284,8 +285,8 @@ class _Share:
         own = ops.norms(tensors) if self.fused else torch.stack(torch._foreach_norm(tensors, 2, wide))
         return own if self.whole is None else sharded.whole_norms(own, self.whole)
 
-    def accumulate(self, finite: Tensor | None) -> None:
-        """Add the gradients to the sums of the past; with ``finite``, only if it is true."""
+    def accumulate(self, finite: Tensor | None) -> list[Tensor]:
+        """Add the gradients to the sums of the past and return these; with ``finite``, add only if it is true."""
         momentum = self.group["momentum"]
         if finite is not None:
             for buffer, grad in zip(self.buffers, self.grads, strict=True):
@@ -293,8 +294,11 @@ class _Share:
         else:
             torch._foreach_mul_(self.buffers, momentum)
             torch._foreach_add_(self.buffers, self.grads)
+        if self.group["differentiable"]:  # autograd keeps what the next step overwrites
+            return [buffer.clone() for buffer in self.buffers]
+        return self.buffers
 
-    def move(self, length: Tensor, by: Tensor, finite: Tensor | None) -> None:
+    def move(self, directions: list[Tensor], length: Tensor, by: Tensor, finite: Tensor | None) -> None:
         """Move by ``length`` along what is divided by ``by``; nowhere if that is 0 or ``finite`` is not true."""
         length = length.reshape(()).to(by.dtype)
         if length.device.type != "cpu":  # those of the CPU go to any device, unasked
@@ -312,7 +316,6 @@ class _Share:
             step = _single_tensor_normalizedgd
         else:
             step = _multi_tensor_normalizedgd
-        directions = self.buffers or self.grads
         if finite is not None and not self.fused:  # 0 times infinity would be NaN
             directions = [torch.where(finite, direction, 0.0) for direction in directions]
         if not self.fused:
