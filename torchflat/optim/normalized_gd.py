@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,12 @@ __all__ = ["NormalizedGD"]
 
 Norm = Literal["global", "group", "tensor"]
 NORMS = ("global", "group", "tensor")
+HALVES = (torch.float16, torch.bfloat16)
 NONFINITE = "the norm of the gradient is not finite"
+# torch.optim renamed it after 2.10.
+_check_capture = (
+    getattr(Optimizer, "_accelerator_graph_capture_health_check", None) or Optimizer._cuda_graph_capture_health_check
+)
 
 
 class NormalizedGD(Optimizer):
@@ -127,8 +133,36 @@ class NormalizedGD(Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-        if any("step" in kept for kept in self.state.values()):
+        if self.state:
             self._share_clock()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; it shares the count of steps of the others.
+
+        Raises:
+            ValueError: FSDP1 has flattened a parameter, so that this process has a part of it of unknown norm.
+        """
+        super().add_param_group(param_group)
+        if any(getattr(p, "_fsdp_flattened", False) for p in self.param_groups[-1]["params"]):
+            self.param_groups.pop()
+            raise ValueError(
+                "NormalizedGD cannot tell the norm of parameters that FullyShardedDataParallel has flattened: shard "
+                "the model with torch.distributed.fsdp.fully_shard instead"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as other optimizers do; each parameter has its own copy of the count of steps."""
+        state: dict[str, Any] = super().state_dict()
+        for index, kept in state["state"].items():
+            if isinstance(kept, dict) and "step" in kept:
+                state["state"][index] = {**kept, "step": self._clock.clone()}
+        return state
+
+    @property
+    def _clock(self) -> Tensor:
+        """The count of steps, k."""
+        clock: Tensor = self.state[self.param_groups[0]["params"][0]]["step"]
+        return clock
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -137,21 +171,22 @@ class NormalizedGD(Optimizer):
         Raises:
             RuntimeError: a gradient is sparse, or its norm is not finite and ``error_if_nonfinite`` is set.
         """
-        self._accelerator_graph_capture_health_check()
+        _check_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         shares: list[_Share] = []
         clocks: list[Tensor] = []
-        for group in self.param_groups:
+        for index, group in enumerate(self.param_groups):
             params: list[Tensor] = []
             grads: list[Tensor] = []
             buffers: list[Tensor] = []
             self._init_group(group, params, grads, buffers, clocks)
-            shares += _shares(group, params, grads, buffers)
+            pool = "global" if group["norm"] == "global" else index
+            shares += _shares(group, pool, params, grads, buffers)
         if shares:
-            self._move(shares, clocks[0])
+            self._move(shares, clocks[-1])
         return loss
 
     # torch.compile runs a method of this name while it traces, with empty lists to fill.
@@ -172,9 +207,9 @@ class NormalizedGD(Optimizer):
                 grads.append(p.grad)
         if not params:
             return
-        if len(self.state) < sum(len(each["params"]) for each in self.param_groups):
+        if "step" not in self.state[params[0]]:
             self._share_clock()
-        clocks.append(next(iter(self.state.values()))["step"])
+        clocks.append(self._clock)
         if group["momentum"]:
             for p in params:
                 state = self.state[p]
@@ -184,37 +219,37 @@ class NormalizedGD(Optimizer):
 
     def _share_clock(self) -> None:
         """Let the states of all parameters hold one and the same count of steps: the largest that there was, or 0."""
-        counts = [torch.as_tensor(state["step"]) for state in self.state.values() if "step" in state]
-        if counts:
-            clock = max(counts, key=float)
-            clock = clock if clock.is_floating_point() else clock.float()
-        else:
-            group = self.param_groups[0]
-            device = group["params"][0].device if group["capturable"] else "cpu"
-            clock = torch.zeros((), dtype=torch.float32, device=device)
+        states = [state for state in self.state.values() if isinstance(state, dict)]  # hooks may add other things
+        k = max((float(state["step"]) for state in states if "step" in state), default=0.0)
+        group = self.param_groups[0]
+        device = group["params"][0].device if group["capturable"] else "cpu"
+        clock = torch.full((), k, dtype=torch.float32, device=device)
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p]["step"] = clock
 
     def _move(self, shares: Sequence[_Share], clock: Tensor) -> None:
         """Take the step and advance k; or, if the norm of the gradient is not finite, do neither."""
+        directions = [share.grads for share in shares]
         norms = [share.norms(share.grads) for share in shares]
         finite = _total(norms).isfinite()
         reads_back = not (torch.compiler.is_compiling() or any(share.group["capturable"] for share in shares))
         if reads_back and not finite:
             self._refuse(shares)
             return
-        for index, share in enumerate(shares):
+        gates = [None if reads_back else finite.to(norm.device) for norm in norms]
+        pools: dict[str | int, list[Tensor]] = {}
+        for index, (share, gate) in enumerate(zip(shares, gates, strict=True)):
             if share.buffers:
-                share.accumulate(None if reads_back else finite)
-                norms[index] = share.norms(share.buffers)
-        pooled = [norm for share, norm in zip(shares, norms, strict=True) if share.group["norm"] == "global"]
-        total = _total(pooled or norms)
-        for share, norm in zip(shares, norms, strict=True):
-            by = {"global": total, "group": _total([norm]), "tensor": norm}[share.group["norm"]]
-            length = share.group["lr"] * (clock.double() + 1) ** -share.group["decay"]
-            share.move(length, by, None if reads_back else finite)
-        clock += 1 if reads_back else finite
+                directions[index] = share.accumulate(gate)
+                norms[index] = share.norms(directions[index])
+            pools.setdefault(share.pool, []).append(norms[index])
+        totals = {pool: _total(pooled) for pool, pooled in pools.items()}
+        for share, toward, norm, gate in zip(shares, directions, norms, gates, strict=True):
+            by = norm if share.group["norm"] == "tensor" else totals[share.pool].to(norm.device)
+            length = share.group["lr"] * (clock.to(_wide(clock.device)) + 1) ** -share.group["decay"]
+            share.move(toward, length, by, gate)
+        clock += 1 if reads_back else finite.to(clock.device)
 
     def _refuse(self, shares: Sequence[_Share]) -> None:
         """Raise, where a group asks for it, or warn once, that the gradient gives no direction."""
@@ -225,16 +260,19 @@ class NormalizedGD(Optimizer):
             )
         if not self.__dict__.get("_warned", False):
             self._warned = True
-            warnings.warn(
-                f"NormalizedGD: {NONFINITE}: such steps move nothing and do not count. Said once", stacklevel=5
-            )
+            text = f"NormalizedGD: {NONFINITE}: such steps move nothing and do not count. Said once"
+            warnings.warn(text, stacklevel=_depth_of_caller())
 
 
 @dataclass(frozen=True)
 class _Share:
-    """What one group has on one device, as real tensors; where they are parts of DTensors, ``whole`` are those."""
+    """What one group has on one device, as real tensors; where they are parts of DTensors, ``whole`` are those.
+
+    Shares of the same ``pool`` are divided by the norm of all of them.
+    """
 
     group: dict[str, Any]
+    pool: str | int
     fused: bool
     whole: list[Tensor] | None
     params: list[Tensor]
@@ -243,11 +281,12 @@ class _Share:
 
     def norms(self, tensors: list[Tensor]) -> Tensor:
         """Return the norm of each tensor, of the whole one where it is a part: (k,) float64."""
-        own = ops.norms(tensors) if self.fused else torch.stack(torch._foreach_norm(tensors, 2, torch.float64))
+        wide = _wide(tensors[0].device)
+        own = ops.norms(tensors) if self.fused else torch.stack(torch._foreach_norm(tensors, 2, wide))
         return own if self.whole is None else sharded.whole_norms(own, self.whole)
 
-    def accumulate(self, finite: Tensor | None) -> None:
-        """Add the gradients to the sums of the past; with ``finite``, only if it is true."""
+    def accumulate(self, finite: Tensor | None) -> list[Tensor]:
+        """Add the gradients to the sums of the past and return these; with ``finite``, add only if it is true."""
         momentum = self.group["momentum"]
         if finite is not None:
             for buffer, grad in zip(self.buffers, self.grads, strict=True):
@@ -255,9 +294,15 @@ class _Share:
         else:
             torch._foreach_mul_(self.buffers, momentum)
             torch._foreach_add_(self.buffers, self.grads)
+        if self.group["differentiable"]:  # autograd keeps what the next step overwrites
+            return [buffer.clone() for buffer in self.buffers]
+        return self.buffers
 
-    def move(self, length: Tensor, by: Tensor, finite: Tensor | None) -> None:
+    def move(self, directions: list[Tensor], length: Tensor, by: Tensor, finite: Tensor | None) -> None:
         """Move by ``length`` along what is divided by ``by``; nowhere if that is 0 or ``finite`` is not true."""
+        length = length.reshape(()).to(by.dtype)
+        if length.device.type != "cpu":  # those of the CPU go to any device, unasked
+            length = length.to(by.device)
         goes = by > 0 if finite is None else (by > 0) & finite
         alpha = torch.where(goes, length / torch.where(goes, by, 1.0), 0.0)
         alpha = alpha if self.group["maximize"] else -alpha
@@ -271,13 +316,27 @@ class _Share:
             step = _single_tensor_normalizedgd
         else:
             step = _multi_tensor_normalizedgd
-        directions = self.buffers or self.grads
         if finite is not None and not self.fused:  # 0 times infinity would be NaN
             directions = [torch.where(finite, direction, 0.0) for direction in directions]
+        if not self.fused:
+            # A length over the norm of tiny gradients may exceed what float16, or even float32, can hold.
+            directions = [each.float() if each.dtype in HALVES else each for each in directions]
+            largest = min(torch.finfo(each.dtype).max for each in directions)
+            alpha = alpha.clamp(-largest, largest)
         step(self.params, directions, alpha, beta)
 
 
-def _shares(group: dict[str, Any], params: list[Tensor], grads: list[Tensor], buffers: list[Tensor]) -> list[_Share]:
+def _depth_of_caller() -> int:
+    """Return the ``stacklevel`` of the line that called the optimizer, whatever hooks or schedulers wrap it."""
+    depth, frame = 0, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "torchflat"):
+        depth, frame = depth + 1, frame.f_back
+    return depth
+
+
+def _shares(
+    group: dict[str, Any], pool: str | int, params: list[Tensor], grads: list[Tensor], buffers: list[Tensor]
+) -> list[_Share]:
     """Cut what a group has into shares, one for each device."""
     if not params:
         return []
@@ -285,15 +344,17 @@ def _shares(group: dict[str, Any], params: list[Tensor], grads: list[Tensor], bu
     if sharded.is_sharded(params):
         lists, whole = [sharded.local(tensors, params) for tensors in lists], params
     if any(map(torch.is_complex, params)):
+        lists[1] = [grad.resolve_conj() for grad in lists[1]]
         lists = [[torch.view_as_real(each) if each.is_complex() else each for each in tensors] for tensors in lists]
     devices = {each.device for each in lists[0]}
     if len(devices) == 1:
-        return [_Share(group, _fused(group, devices.pop()), whole, *lists)]
+        return [_Share(group, pool, _fused(group, devices.pop()), whole, *lists)]
     shares = []
     for device in sorted(devices, key=str):
         here = [index for index, each in enumerate(lists[0]) if each.device == device]
         parts = [[tensors[index] for index in here] if tensors else [] for tensors in lists]
-        shares.append(_Share(group, _fused(group, device), whole and [whole[index] for index in here], *parts))
+        whole_here = whole and [whole[index] for index in here]
+        shares.append(_Share(group, pool, _fused(group, device), whole_here, *parts))
     return shares
 
 
@@ -305,6 +366,11 @@ def _fused(group: dict[str, Any], device: torch.device) -> bool:
         return True
     free = group["fused"] is None and group["foreach"] is None and not group["differentiable"]
     return free and not torch.compiler.is_compiling() and ops.backend(device) == "native"
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    """Return the dtype of norms and lengths on a device: the widest that it has."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _total(norms: Sequence[Tensor]) -> Tensor:
@@ -336,5 +402,6 @@ def _multi_tensor_normalizedgd(
 
 
 def _fused_normalizedgd(params: list[Tensor], directions: list[Tensor], alpha: Tensor, beta: Tensor | None) -> None:
-    beta = torch.ones(1, dtype=torch.float64, device=alpha.device) if beta is None else beta.reshape(1)
+    beta = torch.ones(1, dtype=torch.float64) if beta is None else beta.reshape(1)
+    beta = beta.to(alpha.device)
     ops.axpby_(params, directions, alpha.reshape(-1), beta)
