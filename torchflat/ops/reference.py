@@ -129,7 +129,7 @@ def check_list(a: list[Tensor], name: str) -> None:
 
 
 def check_axpby(y: list[Tensor], x: list[Tensor], alpha: Tensor, beta: Tensor, alphas: int, name: str) -> None:
-    """:func:`check_lists`; ``beta`` must be float64 of length 1 on the same device, ``alpha`` too, or ``alphas`` long."""
+    """:func:`check_lists`; ``alpha`` and ``beta`` must be float64 of length 1 there, or ``alpha`` of ``alphas``."""
     check_lists(y, x, name)
     for which, factor, longest in (("alpha", alpha, alphas), ("beta", beta, 1)):
         torch._check(

@@ -200,11 +200,12 @@ class NormalizedGD(Optimizer):
     ) -> None:
         """Collect what has a gradient, and the one count of steps, which the states of all parameters share."""
         for p in group["params"]:
-            if p.grad is not None:
-                if p.grad.is_sparse:
+            grad = p.grad  # once: each time makes a new object
+            if grad is not None:
+                if grad.is_sparse:
                     raise RuntimeError("NormalizedGD does not support sparse gradients")
                 params.append(p)
-                grads.append(p.grad)
+                grads.append(grad)
         if not params:
             return
         if "step" not in self.state[params[0]]:
@@ -230,10 +231,17 @@ class NormalizedGD(Optimizer):
 
     def _move(self, shares: Sequence[_Share], clock: Tensor) -> None:
         """Take the step and advance k; or, if the norm of the gradient is not finite, do neither."""
+        reads_back = not (torch.compiler.is_compiling() or any(share.group["capturable"] for share in shares))
+        if len(shares) == 1 and shares[0].is_plain:
+            finite = shares[0].move_at_once(clock).isfinite()
+            if reads_back and not finite:
+                self._refuse(shares)
+            else:
+                clock += 1 if reads_back else finite.to(clock.device)
+            return
         directions = [share.grads for share in shares]
         norms = [share.norms(share.grads) for share in shares]
         finite = _total(norms).isfinite()
-        reads_back = not (torch.compiler.is_compiling() or any(share.group["capturable"] for share in shares))
         if reads_back and not finite:
             self._refuse(shares)
             return
@@ -247,8 +255,7 @@ class NormalizedGD(Optimizer):
         totals = {pool: _total(pooled) for pool, pooled in pools.items()}
         for share, toward, norm, gate in zip(shares, directions, norms, gates, strict=True):
             by = norm if share.group["norm"] == "tensor" else totals[share.pool].to(norm.device)
-            length = share.group["lr"] * (clock.to(_wide(clock.device)) + 1) ** -share.group["decay"]
-            share.move(toward, length, by, gate)
+            share.move(toward, share.length(clock), by, gate)
         clock += 1 if reads_back else finite.to(clock.device)
 
     def _refuse(self, shares: Sequence[_Share]) -> None:
@@ -279,6 +286,22 @@ class _Share:
     grads: list[Tensor]
     buffers: list[Tensor]
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether one call of a kernel does the whole step, if there are no other shares."""
+        return self.fused and self.whole is None and not self.buffers and self.group["norm"] != "tensor"
+
+    def length(self, clock: Tensor) -> Tensor:
+        """Return α_k, 0-dim, where the clock is."""
+        length: Tensor = self.group["lr"] * (clock.to(_wide(clock.device)) + 1) ** -self.group["decay"]
+        return length.reshape(())
+
+    def move_at_once(self, clock: Tensor) -> Tensor:
+        """Take the step, if the norm of the gradient, which is returned, is finite."""
+        alpha = self.length(clock).to(self.params[0].device, torch.float64).reshape(1)
+        beta = 1 - alpha * self.group["weight_decay"]
+        return ops.normalized_axpby_(self.params, self.grads, alpha if self.group["maximize"] else -alpha, beta)
+
     def norms(self, tensors: list[Tensor]) -> Tensor:
         """Return the norm of each tensor, of the whole one where it is a part: (k,) float64."""
         wide = _wide(tensors[0].device)
@@ -300,7 +323,7 @@ class _Share:
 
     def move(self, directions: list[Tensor], length: Tensor, by: Tensor, finite: Tensor | None) -> None:
         """Move by ``length`` along what is divided by ``by``; nowhere if that is 0 or ``finite`` is not true."""
-        length = length.reshape(()).to(by.dtype)
+        length = length.to(by.dtype)
         if length.device.type != "cpu":  # those of the CPU go to any device, unasked
             length = length.to(by.device)
         goes = by > 0 if finite is None else (by > 0) & finite
@@ -343,7 +366,7 @@ def _shares(
     lists, whole = [params, grads, buffers], None
     if sharded.is_sharded(params):
         lists, whole = [sharded.local(tensors, params) for tensors in lists], params
-    if any(map(torch.is_complex, params)):
+    if any(dtype.is_complex for dtype in {p.dtype for p in params}):
         lists[1] = [grad.resolve_conj() for grad in lists[1]]
         lists = [[torch.view_as_real(each) if each.is_complex() else each for each in tensors] for tensors in lists]
     devices = {each.device for each in lists[0]}
