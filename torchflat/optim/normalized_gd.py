@@ -342,7 +342,7 @@ def _shares(
         return []
     lists, whole = [params, grads, buffers], None
     if sharded.is_sharded(params):
-        lists, whole = [sharded.local(tensors, params) for tensors in lists], params
+        lists, whole = [sharded.local(tensors, params) if tensors else [] for tensors in lists], params
     if any(map(torch.is_complex, params)):
         lists[1] = [grad.resolve_conj() for grad in lists[1]]
         lists = [[torch.view_as_real(each) if each.is_complex() else each for each in tensors] for tensors in lists]
