@@ -39,20 +39,24 @@ class NormalizedGD(Optimizer):
     fall to 0 with ``decay=0`` and :class:`PowerDecayLR` to take that away.
 
     One gradient and no closure: accumulation, GradScaler, DDP, schedulers and resuming work as they do with SGD;
-    clipping the gradient changes nothing. Only ``lr`` has another meaning: it is the length of the first step. To
-    start with the steps that SGD takes at a rate η, use lr ≈ η·|∇f|.
+    clipping the norm of the gradient changes nothing, unless there is momentum. Only ``lr`` has another meaning: it is
+    the length of the first step. To start with the steps that SGD takes at a rate η, use lr ≈ η·|∇f|.
 
-    Each step changes a conserved quantity Q(x) = xᵀAx of the gradient flow by exactly α_k²·Q(∇f/|∇f|), and a linear
-    one not at all (T037); :class:`Tracker` keeps account of it.
+    The norms of DTensors, such as the parameters of FSDP2 (``fully_shard``), are taken over all processes. With DDP
+    each process has the same gradient, and so the same step, if the last backward pass before it is outside of
+    ``no_sync``.
+
+    Where all groups have the same α_k, a step changes a conserved quantity Q(x) = xᵀAx of the gradient flow by exactly
+    α_k²·Q(∇f/|∇f|), and a linear one not at all (T037); :class:`Tracker` keeps account of it.
 
     Args:
         params: tensors, dicts that define groups, or pairs (name, tensor).
         lr: length of the first step, a float or a tensor with one element.
         decay: exponent of the decay; 0 for steps of constant length.
-        norm: what the gradient is divided by. ``"global"``: its norm over all groups, which keeps every law. Unlike
-            other optimizers, two groups are then not the same as two optimizers. ``"group"``: the norm over its group;
-            laws between parameters of different groups are broken. ``"tensor"``: the norm of each tensor; the only
-            laws left are those within one tensor, so that no rescaling law is.
+        norm: what the gradient is divided by. ``"global"``: its norm over all groups with this setting, which keeps
+            every law. Unlike in other optimizers, two groups are then not the same as two optimizers. ``"group"``: the
+            norm over its group; laws between parameters of different groups are broken. ``"tensor"``: the norm of each
+            tensor; the only laws left are those within one tensor, so that those of rescaling two layers are broken.
         momentum: factor of the past in the running sum of gradients that is normalised in place of the gradient. It
             breaks the quadratic laws.
         weight_decay: decoupled, x ← (1 − α_k·weight_decay)·x before the step. It breaks the laws.
@@ -62,11 +66,11 @@ class NormalizedGD(Optimizer):
         foreach: work on lists of tensors at once; default: where ``fused`` does not.
         fused: use the compiled kernels, two sweeps without temporaries; default: if they are built for the device.
         capturable: never read back from the device, for CUDA graphs. Steps with a norm that is not finite still move
-            nothing, but do not warn.
+            nothing, but neither warn nor raise; nor do compiled steps.
         differentiable: let autograd record the step.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or FSDP1 has flattened a parameter.
         RuntimeError: ``fused`` together with ``foreach`` or ``differentiable``.
 
     Source: T036–T055.
@@ -169,7 +173,8 @@ class NormalizedGD(Optimizer):
         """Take one step; return what ``closure`` returns, if one is given to evaluate the model anew.
 
         Raises:
-            RuntimeError: a gradient is sparse, or its norm is not finite and ``error_if_nonfinite`` is set.
+            RuntimeError: a gradient is sparse, or its norm is not finite and ``error_if_nonfinite`` is set, or
+                ``fused`` is and there are no kernels for the device.
         """
         _check_capture(self)
         loss = None
