@@ -3,10 +3,10 @@
     python -m benchmarks.optimizer_step [--threads 1] [--rounds 15] [--clock wall]
 
 All run in turn, round by round, so that a busy moment hits all of them; ms are medians over the rounds and ratios are
-medians of the ratios of each round. `SGD / step` is what the issue asks for: clip_grad_norm_ and SGD, both foreach, over
-a step. `SGD / C` is what it could be at most: the loop has nothing around it, no lists of tensors and no Python. The
-rest is what a step costs besides: `kernel` is its one call of a compiled kernel, `lists` the part of it that hands over
-the tensors (the call on as many empty ones), and the rest of a step is Python's. GB/s are those of the C loop.
+medians of the ratios of each round. `SGD / step` compares clip_grad_norm_ and SGD, both foreach, with a step; `SGD / C`
+is what this could be at most, for the loop has nothing around it: no lists of tensors, no Python. What a step costs
+besides: `kernel` is its one call of a compiled kernel, `lists` the part of that which hands over the tensors (a call on
+as many empty ones); the rest of a step is Python's. GB/s are those of the C loop.
 
 On a machine that does other work too, `--clock thread` counts the time in which the one thread really ran.
 """
@@ -77,7 +77,7 @@ def compiled_loop(folder: Path) -> ctypes.CDLL:
     if compiler is None:
         raise SystemExit("the C loop needs a compiler: no `cc` was found")
     (folder / "loop.c").write_text(LOOP)
-    flags = ["-O3", "-march=native", "-ffp-contract=fast", "-fassociative-math", "-fopenmp", "-shared", "-fPIC"]
+    flags = ["-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC"]
     subprocess.run([compiler, *flags, "loop.c", "-o", "loop.so", "-lm"], cwd=folder, check=True)
     library = ctypes.CDLL(str(folder / "loop.so"))
     library.step.argtypes = (ctypes.POINTER(Run), ctypes.c_int64, ctypes.c_double)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -39,20 +41,24 @@ class NormalizedGD(Optimizer):
     fall to 0 with ``decay=0`` and :class:`PowerDecayLR` to take that away.
 
     One gradient and no closure: accumulation, GradScaler, DDP, schedulers and resuming work as they do with SGD;
-    clipping the gradient changes nothing. Only ``lr`` has another meaning: it is the length of the first step. To
-    start with the steps that SGD takes at a rate η, use lr ≈ η·|∇f|.
+    clipping the norm of the gradient changes nothing, unless there is momentum. Only ``lr`` has another meaning: it is
+    the length of the first step. To start with the steps that SGD takes at a rate η, use lr ≈ η·|∇f|.
 
-    Each step changes a conserved quantity Q(x) = xᵀAx of the gradient flow by exactly α_k²·Q(∇f/|∇f|), and a linear
-    one not at all (T037); :class:`Tracker` keeps account of it.
+    The norms of DTensors, such as the parameters of FSDP2 (``fully_shard``), are taken over all processes. With DDP
+    each process has the same gradient, and so the same step, if the last backward pass before it is outside of
+    ``no_sync``.
+
+    Where all groups have the same α_k, a step changes a conserved quantity Q(x) = xᵀAx of the gradient flow by exactly
+    α_k²·Q(∇f/|∇f|), and a linear one not at all (T037); :class:`Tracker` keeps account of it.
 
     Args:
         params: tensors, dicts that define groups, or pairs (name, tensor).
         lr: length of the first step, a float or a tensor with one element.
         decay: exponent of the decay; 0 for steps of constant length.
-        norm: what the gradient is divided by. ``"global"``: its norm over all groups, which keeps every law. Unlike
-            other optimizers, two groups are then not the same as two optimizers. ``"group"``: the norm over its group;
-            laws between parameters of different groups are broken. ``"tensor"``: the norm of each tensor; the only
-            laws left are those within one tensor, so that no rescaling law is.
+        norm: what the gradient is divided by. ``"global"``: its norm over all groups with this setting, which keeps
+            every law. Unlike in other optimizers, two groups are then not the same as two optimizers. ``"group"``: the
+            norm over its group; laws between parameters of different groups are broken. ``"tensor"``: the norm of each
+            tensor; the only laws left are those within one tensor, so that those of rescaling two layers are broken.
         momentum: factor of the past in the running sum of gradients that is normalised in place of the gradient. It
             breaks the quadratic laws.
         weight_decay: decoupled, x ← (1 − α_k·weight_decay)·x before the step. It breaks the laws.
@@ -62,11 +68,11 @@ class NormalizedGD(Optimizer):
         foreach: work on lists of tensors at once; default: where ``fused`` does not.
         fused: use the compiled kernels, two sweeps without temporaries; default: if they are built for the device.
         capturable: never read back from the device, for CUDA graphs. Steps with a norm that is not finite still move
-            nothing, but do not warn.
+            nothing, but neither warn nor raise; nor do compiled steps.
         differentiable: let autograd record the step.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or FSDP1 has flattened a parameter.
         RuntimeError: ``fused`` together with ``foreach`` or ``differentiable``.
 
     Source: T036–T055.
@@ -169,7 +175,8 @@ class NormalizedGD(Optimizer):
         """Take one step; return what ``closure`` returns, if one is given to evaluate the model anew.
 
         Raises:
-            RuntimeError: a gradient is sparse, or its norm is not finite and ``error_if_nonfinite`` is set.
+            RuntimeError: a gradient is sparse, or its norm is not finite and ``error_if_nonfinite`` is set, or
+                ``fused`` is and there are no kernels for the device.
         """
         _check_capture(self)
         loss = None
@@ -232,12 +239,13 @@ class NormalizedGD(Optimizer):
     def _move(self, shares: Sequence[_Share], clock: Tensor) -> None:
         """Take the step and advance k; or, if the norm of the gradient is not finite, do neither."""
         reads_back = not (torch.compiler.is_compiling() or any(share.group["capturable"] for share in shares))
+        k = clock.item() if reads_back else clock.to(_wide(clock.device))
         if len(shares) == 1 and shares[0].is_plain:
-            finite = shares[0].move_at_once(clock).isfinite()
-            if reads_back and not finite:
+            norm = shares[0].move_at_once(k)
+            if reads_back and not math.isfinite(norm.item()):
                 self._refuse(shares)
             else:
-                clock += 1 if reads_back else finite.to(clock.device)
+                clock += 1 if reads_back else norm.isfinite().to(clock.device)
             return
         directions = [share.grads for share in shares]
         norms = [share.norms(share.grads) for share in shares]
@@ -255,7 +263,7 @@ class NormalizedGD(Optimizer):
         totals = {pool: _total(pooled) for pool, pooled in pools.items()}
         for share, toward, norm, gate in zip(shares, directions, norms, gates, strict=True):
             by = norm if share.group["norm"] == "tensor" else totals[share.pool].to(norm.device)
-            share.move(toward, share.length(clock), by, gate)
+            share.move(toward, share.length(k), by, gate)
         clock += 1 if reads_back else finite.to(clock.device)
 
     def _refuse(self, shares: Sequence[_Share]) -> None:
@@ -291,16 +299,21 @@ class _Share:
         """Whether one call of a kernel does the whole step, if there are no other shares."""
         return self.fused and self.whole is None and not self.buffers and self.group["norm"] != "tensor"
 
-    def length(self, clock: Tensor) -> Tensor:
-        """Return α_k, 0-dim, where the clock is."""
-        length: Tensor = self.group["lr"] * (clock.to(_wide(clock.device)) + 1) ** -self.group["decay"]
-        return length.reshape(())
+    def length(self, k: float | Tensor) -> float | Tensor:
+        """Return α_k, a 0-dim tensor if ``lr`` or ``k`` is one."""
+        lr: float | Tensor = self.group["lr"]
+        if isinstance(lr, Tensor):
+            lr = lr.to(_wide(lr.device)).reshape(())
+        length: float | Tensor = lr * (k + 1) ** -self.group["decay"]
+        return length
 
-    def move_at_once(self, clock: Tensor) -> Tensor:
+    def move_at_once(self, k: float | Tensor) -> Tensor:
         """Take the step, if the norm of the gradient, which is returned, is finite."""
-        alpha = self.length(clock).to(self.params[0].device, torch.float64).reshape(1)
-        beta = 1 - alpha * self.group["weight_decay"]
-        return ops.normalized_axpby_(self.params, self.grads, alpha if self.group["maximize"] else -alpha, beta)
+        length = self.length(k)
+        alpha = length if self.group["maximize"] else -length
+        beta = 1 - length * self.group["weight_decay"]
+        device = self.params[0].device
+        return ops.normalized_axpby_(self.params, self.grads, _factor(alpha, device), _factor(beta, device))
 
     def norms(self, tensors: list[Tensor]) -> Tensor:
         """Return the norm of each tensor, of the whole one where it is a part: (k,) float64."""
@@ -321,9 +334,9 @@ class _Share:
             return [buffer.clone() for buffer in self.buffers]
         return self.buffers
 
-    def move(self, directions: list[Tensor], length: Tensor, by: Tensor, finite: Tensor | None) -> None:
+    def move(self, directions: list[Tensor], length: float | Tensor, by: Tensor, finite: Tensor | None) -> None:
         """Move by ``length`` along what is divided by ``by``; nowhere if that is 0 or ``finite`` is not true."""
-        length = length.to(by.dtype)
+        length = torch.as_tensor(length, dtype=by.dtype)
         if length.device.type != "cpu":  # those of the CPU go to any device, unasked
             length = length.to(by.device)
         goes = by > 0 if finite is None else (by > 0) & finite
@@ -365,7 +378,7 @@ def _shares(
         return []
     lists, whole = [params, grads, buffers], None
     if sharded.is_sharded(params):
-        lists, whole = [sharded.local(tensors, params) for tensors in lists], params
+        lists, whole = [sharded.local(tensors, params) if tensors else [] for tensors in lists], params
     if any(dtype.is_complex for dtype in {p.dtype for p in params}):
         lists[1] = [grad.resolve_conj() for grad in lists[1]]
         lists = [[torch.view_as_real(each) if each.is_complex() else each for each in tensors] for tensors in lists]
@@ -384,11 +397,16 @@ def _shares(
 def _fused(group: dict[str, Any], device: torch.device) -> bool:
     """Whether the compiled kernels do the step."""
     if group["fused"]:
-        if ops.backend(device) != "native":
+        if not _has_kernels(device.type):
             raise RuntimeError(f"`fused=True` needs compiled kernels for {device.type}: see `torchflat doctor`")
         return True
     free = group["fused"] is None and group["foreach"] is None and not group["differentiable"]
-    return free and not torch.compiler.is_compiling() and ops.backend(device) == "native"
+    return free and not torch.compiler.is_compiling() and _has_kernels(device.type)
+
+
+@functools.cache  # a question to the dispatcher for each kernel, which would take a tenth of a step
+def _has_kernels(device_type: str) -> bool:
+    return ops.backend(device_type) == "native"
 
 
 def _wide(device: torch.device) -> torch.dtype:
@@ -425,6 +443,8 @@ def _multi_tensor_normalizedgd(
 
 
 def _fused_normalizedgd(params: list[Tensor], directions: list[Tensor], alpha: Tensor, beta: Tensor | None) -> None:
-    beta = torch.ones(1, dtype=torch.float64) if beta is None else beta.reshape(1)
-    beta = beta.to(alpha.device)
-    ops.axpby_(params, directions, alpha.reshape(-1), beta)
+    ops.axpby_(params, directions, alpha.reshape(-1), _factor(1.0 if beta is None else beta, alpha.device))
+
+
+def _factor(value: float | Tensor, device: torch.device) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float64, device=device).reshape(1)
