@@ -659,7 +659,14 @@ def compiled_run(
 @pytest.mark.parametrize("what", ["step", "training"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"norm": "tensor", "momentum": 0.9}, {"lr": torch.tensor(0.1), "norm": "group"}, {"foreach": False}],
+    [
+        {},
+        {"norm": "tensor", "momentum": 0.9},
+        {"lr": torch.tensor(0.1), "norm": "group"},
+        {"foreach": False},
+        pytest.param({"fused": True}, marks=needs_native),
+        pytest.param({"fused": True, "norm": "tensor", "momentum": 0.9, "weight_decay": 0.1}, marks=needs_native),
+    ],
     ids=str,
 )
 def test_compiled_steps_are_the_same_without_breaks_or_recompiling(what: str, options: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from torchflat.optim import NormalizedGD, normalized_gd
 needs_native = pytest.mark.skipif(
     ops.backend("cpu") != "native", reason=f"no compiled CPU kernels: {ops.describe()['cpu']['reason']}"
 )
+without_native = pytest.mark.skipif(ops.backend("cpu") == "native", reason="the kernels are there")
 FORLOOP, FOREACH, FUSED = {"foreach": False}, {"foreach": True}, {"fused": True}
 paths = pytest.mark.parametrize(
     "path", [FORLOOP, FOREACH, pytest.param(FUSED, marks=needs_native)], ids=["forloop", "foreach", "fused"]
@@ -145,7 +146,7 @@ def test_sparse_gradients_are_refused() -> None:
         make(embedding.parameters(), {}).step()
 
 
-@pytest.mark.skipif(ops.backend("cpu") == "native", reason="the kernels are there")
+@without_native
 def test_fused_without_kernels_is_refused() -> None:
     params, closure = line()
     with pytest.raises(RuntimeError, match="`fused=True` needs compiled kernels for cpu: see `torchflat doctor`"):
@@ -324,7 +325,9 @@ def test_set_default_dtype_works_with_foreach(
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, "_fused_normalizedgd" if ops.backend("cpu") == "native" else "_multi_tensor_normalizedgd"),
+        pytest.param({"momentum": 0.5}, "_fused_normalizedgd", marks=needs_native),
+        pytest.param({}, "move_at_once", marks=needs_native),
+        pytest.param({}, "_multi_tensor_normalizedgd", marks=without_native),
         ({"fused": False}, "_multi_tensor_normalizedgd"),
         ({"foreach": True}, "_multi_tensor_normalizedgd"),
         ({"foreach": False}, "_single_tensor_normalizedgd"),
@@ -335,6 +338,9 @@ def test_defaults_changed_to_foreach(monkeypatch: pytest.MonkeyPatch, options: d
     called = []
     for name in ("_single_tensor_normalizedgd", "_multi_tensor_normalizedgd", "_fused_normalizedgd"):
         monkeypatch.setattr(normalized_gd, name, lambda *_, name=name: called.append(name))
+    monkeypatch.setattr(
+        normalized_gd._Share, "move_at_once", lambda *_: called.append("move_at_once") or torch.zeros(())
+    )
     params, closure = line()
     closure()
     make(params, options).step()
