@@ -397,7 +397,7 @@ def _shares(
 def _fused(group: dict[str, Any], device: torch.device) -> bool:
     """Whether the compiled kernels do the step."""
     if group["fused"]:
-        if not _has_kernels(device.type):
+        if not (torch.compiler.is_compiling() or _has_kernels(device.type)):  # which cannot be traced
             raise RuntimeError(f"`fused=True` needs compiled kernels for {device.type}: see `torchflat doctor`")
         return True
     free = group["fused"] is None and group["foreach"] is None and not group["differentiable"]
