@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <deque>
 #include <string>
 #include <utility>
 #include <vector>
@@ -89,7 +90,7 @@ struct Chunk {
 struct Chunks {
   std::vector<Chunk> list;
   std::vector<int32_t> starts;  // the first chunk of each pair, and after them the number of chunks
-  std::vector<Tensor> copies;   // contiguous stand-ins, kept alive as long as the chunks point into them
+  std::deque<Tensor> copies;    // contiguous stand-ins, kept alive as long as the chunks point into them
   std::vector<std::pair<Tensor, Tensor>> written;  // tensors whose stand-ins are written to, and these
   int64_t elements = 0;
 
@@ -131,22 +132,22 @@ inline Chunks checked_chunks(
   chunks.list.reserve(left.size());
   const auto device = left[0].device();
   for (size_t index = 0; index < left.size(); ++index) {
-    Tensor a = left[index], b = right[index];
-    const auto a_sizes = a.sizes(), b_sizes = b.sizes();
+    const Tensor *a = &left[index], *b = &right[index];
+    const auto a_sizes = a->sizes(), b_sizes = b->sizes();
     STD_TORCH_CHECK(
         a_sizes.size() == b_sizes.size() && std::equal(a_sizes.begin(), a_sizes.end(), b_sizes.begin()), name,
-        ": pair ", index, " has different shapes, ", shape_of(a), " and ", shape_of(b));
-    STD_TORCH_CHECK(a.device() == device && b.device() == device, name, ": pair ", index, " is on another device");
-    const bool a_contiguous = a.is_contiguous(), b_contiguous = b.is_contiguous();
-    if (!(a_contiguous && b_contiguous) && !same_order(a, b)) {
-      if (!a_contiguous) chunks.copies.push_back(a = torch::stable::contiguous(a));
-      if (!a_contiguous && write) chunks.written.emplace_back(left[index], a);
-      if (!b_contiguous) chunks.copies.push_back(b = torch::stable::contiguous(b));
+        ": pair ", index, " has different shapes, ", shape_of(*a), " and ", shape_of(*b));
+    STD_TORCH_CHECK(a->device() == device && b->device() == device, name, ": pair ", index, " is on another device");
+    const bool a_contiguous = a->is_contiguous(), b_contiguous = b->is_contiguous();
+    if (!(a_contiguous && b_contiguous) && !same_order(*a, *b)) {
+      if (!a_contiguous) a = &chunks.copies.emplace_back(torch::stable::contiguous(*a));
+      if (!a_contiguous && write) chunks.written.emplace_back(left[index], *a);
+      if (!b_contiguous) b = &chunks.copies.emplace_back(torch::stable::contiguous(*b));
     }
-    const Kind a_kind = kind_of(a), b_kind = kind_of(b);
-    auto* a_data = static_cast<char*>(write ? a.mutable_data_ptr() : const_cast<void*>(a.const_data_ptr()));
-    const auto* b_data = static_cast<const char*>(b.const_data_ptr());
-    const int64_t count = a.numel();
+    const Kind a_kind = kind_of(*a), b_kind = kind_of(*b);
+    auto* a_data = static_cast<char*>(write ? a->mutable_data_ptr() : const_cast<void*>(a->const_data_ptr()));
+    const auto* b_data = static_cast<const char*>(b->const_data_ptr());
+    const int64_t count = a->numel();
     chunks.starts.push_back(static_cast<int32_t>(chunks.list.size()));
     for (int64_t start = 0; start < count; start += size) {
       chunks.list.push_back(
@@ -168,15 +169,17 @@ struct Factors {
   TORCHFLAT_INLINE double alpha_of(int32_t pair) const { return alpha[shared ? 0 : pair]; }
 };
 
-inline Factors checked_factors(const Tensor& alpha, const Tensor& beta, const Tensor& first, int64_t pairs) {
-  const auto check = [&](const Tensor& factor, const char* name, bool length) {
+inline Factors checked_factors(
+    const Tensor& alpha, const Tensor& beta, const Tensor& first, int64_t alphas, const char* name) {
+  const auto check = [&](const Tensor& factor, const char* which, int64_t longest) {
     STD_TORCH_CHECK(
-        factor.dim() == 1 && length && kind_of(factor) == Kind::float64 && factor.device() == first.device() &&
-            factor.is_contiguous(),
-        "axpby_: ", name, " must be contiguous float64 of the right length on the device of y, got ", shape_of(factor));
+        factor.dim() == 1 && (factor.size(0) == 1 || factor.size(0) == longest) && kind_of(factor) == Kind::float64 &&
+            factor.device() == first.device() && factor.is_contiguous(),
+        name, ": ", which, " must be contiguous float64 of length 1", longest > 1 ? " or " + std::to_string(longest) : "",
+        " on the device of the tensors, got ", shape_of(factor));
   };
-  check(alpha, "alpha", alpha.size(0) == 1 || alpha.size(0) == pairs);
-  check(beta, "beta", beta.size(0) == 1);
+  check(alpha, "alpha", alphas);
+  check(beta, "beta", 1);
   const auto* alpha_data = static_cast<const double*>(alpha.const_data_ptr());
   return {alpha_data, static_cast<const double*>(beta.const_data_ptr()), alpha.size(0) == 1};
 }

@@ -52,6 +52,15 @@ TORCHFLAT_INLINE void multiply_add(double* sums, const A* a, const B* b) {
   for (int lane = 0; lane < Lanes; ++lane) sums[lane] += widen(a[lane]) * widen(b[lane]);
 }
 
+// sums[l] += a[l] * a[l]: the element is widened once, which is what bounds multiply_add of a run with itself.
+template <int Lanes, class A>
+TORCHFLAT_INLINE void square_add(double* sums, const A* a) {
+  for (int lane = 0; lane < Lanes; ++lane) {
+    const double value = widen(a[lane]);
+    sums[lane] += value * value;
+  }
+}
+
 // The pairwise sum of `Lanes` (a power of two) partial sums; overwrites them.
 template <int Lanes>
 TORCHFLAT_INLINE double pairwise_sum(double* sums) {
@@ -73,6 +82,14 @@ template <class Y, class X>
 TORCHFLAT_INLINE Y blend(Y y, X x, double alpha, double beta) {
   return narrow<Y>(beta * widen(y) + alpha * widen(x));
 }
+
+// The factor of x in y <- beta * y + alpha * x / norm: x stays out if it is 0 or not finite.
+TORCHFLAT_INLINE double normalized_alpha(double alpha, double norm) {
+  return norm > 0 && std::isfinite(norm) ? alpha / norm : 0.0;
+}
+
+// The factor of y: nothing changes if the norm of x is not finite.
+TORCHFLAT_INLINE double normalized_beta(double beta, double norm) { return std::isfinite(norm) ? beta : 1.0; }
 
 // Part `index` of `parts` nearly equal parts of [0, count): where it starts. Part `parts` starts at `count`.
 TORCHFLAT_INLINE int64_t part_start(int64_t index, int64_t parts, int64_t count) {

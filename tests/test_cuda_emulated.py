@@ -14,7 +14,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 COMPILER = os.environ.get("CXX", "c++").split()[0]
-LAUNCH = re.compile(r"(\w+)<<<(.+?), (\w+), 0, stream>>>\((.*)\);")
+LAUNCH = re.compile(r"([\w<>]+?)<<<(.+?), (\w+), 0, stream>>>\((.*)\);")
 
 # What the sources ask of CUDA's host side has no meaning here. A small grid makes every block loop over several tiles.
 HOST_SIDE = (
@@ -57,6 +57,29 @@ emulated.axpy_(ones, b, 0.37)
 reference.axpy_(twos, b, 0.37)
 for one, two in zip(ones, twos, strict=True):
     torch.testing.assert_close(one, two, rtol=2 * torch.finfo(one.dtype).eps, atol=1e-15)
+
+# More tensors than one launch has norms, some of many chunks.
+many = [*a, torch.randn(140_000), *(torch.randn(n % 7) for n in range(1000))]
+torch.testing.assert_close(emulated.norms(many), reference.norms(many), rtol=1e-14, atol=0)
+beta = torch.tensor([0.9], dtype=torch.float64)
+each = torch.linspace(-1, 1, len(a), dtype=torch.float64)
+each[7] = 0
+for name, alpha in (("axpby_", each[:1]), ("axpby_", each), ("normalized_axpby_", each[:1])):
+    ones, twos = [each.clone() for each in a], [each.clone() for each in a]
+    got, expected = (getattr(kernels, name)(y, b, alpha, beta) for kernels, y in ((emulated, ones), (reference, twos)))
+    if name == "normalized_axpby_":
+        torch.testing.assert_close(got, expected, rtol=1e-14, atol=0)
+    for one, two in zip(ones, twos, strict=True):
+        torch.testing.assert_close(one, two, rtol=2 * torch.finfo(one.dtype).eps, atol=1e-15)
+b[7] = torch.full_like(b[7], torch.inf)
+twos = [each.clone() for each in ones]
+emulated.normalized_axpby_(ones, b, each[:1], beta)
+assert all(map(torch.equal, ones, twos))
+emulated.axpby_(ones, b, each, beta)
+assert ones[7].isfinite().all() and not torch.equal(ones[7], twos[7])
+strided, base = torch.randn(4, 6), torch.zeros(3, 4)
+emulated.normalized_axpby_([base.T], [strided[:, ::2]], each[-1:], beta)
+torch.testing.assert_close(base.T, strided[:, ::2] / strided[:, ::2].norm())
 print("all agree")
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from networks import network
 from processes import Digits, Ranks, agree, raised, started
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 import torchflat
@@ -24,6 +26,7 @@ from torchflat import Objective
 from torchflat.distributed import Bucket, Team
 from torchflat.errors import DataError, LossError, NonFiniteError, UsageError
 from torchflat.objective.batches import as_batches, row_count
+from torchflat.optim import NormalizedGD
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -433,6 +436,151 @@ def test_a_model_sharded_by_fsdp2_is_audited_whole(ranks: Ranks, kind: str) -> N
 @pytest.mark.parametrize("kind", ["parallel", "tensor"])
 def test_a_model_sharded_otherwise_is_refused_with_the_cure(ranks: Ranks, kind: str) -> None:
     raised(ranks(sharded, kind), UsageError, "'0.weight' is a DTensor", "get_model_state_dict")
+
+
+# Training sharded models ----------------------------------------------------------------------------------------------
+
+STEPS: list[dict[str, Any]] = [
+    {},
+    {"norm": "group", "momentum": 0.5, "foreach": False},
+    {"norm": "tensor", "weight_decay": 0.1},
+    {"norm": "global", "momentum": 0.5, "weight_decay": 0.1, "capturable": True},
+    {"norm": "tensor", "momentum": 0.5, "foreach": True},
+]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def shard(model: nn.Module, kind: str) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    if not dist.is_initialized() or kind == "alone":
+        return model
+    if kind == "ddp":
+        return DistributedDataParallel(model)
+    size = dist.get_world_size()
+    if kind == "hybrid":
+        mesh = init_device_mesh("cpu", (size, 1), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh("cpu", (size,))
+    if kind != "partly":
+        fully_shard(model[2], mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+    fully_shard(model[2], mesh=mesh)  # the other layers are plain tensors, and alike on all ranks: see below
+    return model
+
+
+def restarted(model: nn.Module, optimizer: NormalizedGD, fresh: NormalizedGD) -> NormalizedGD:
+    """A new optimizer with the state of another, by way of a checkpoint, of whole tensors where there are any."""
+    from torch.distributed.checkpoint import state_dict as checkpoint
+
+    optimizer.zero_grad()
+    # torch cannot load a whole state that has nothing but numbers in it, of any optimizer.
+    options = checkpoint.StateDictOptions(full_state_dict=bool(optimizer.defaults["momentum"]))
+    state = checkpoint.get_optimizer_state_dict(model, optimizer, options=options)
+    checkpoint.set_optimizer_state_dict(model, fresh, state, options=options)
+    return fresh
+
+
+def trained(kind: str, resumed: bool = False) -> list[list[Tensor]]:
+    """Parameters after four steps with each of the options; every rank has rows of its own."""
+    reached = []
+    digits = Digits()
+    there = dist.is_initialized() and kind != "partly"
+    rows = Team.of(None).share(29) if there else range(29)
+    x, y = digits.x[rows.start : rows.stop].double(), digits.y[rows.start : rows.stop].double()
+    for options in STEPS:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Sequential(nn.Linear(5, 5), nn.LayerNorm(5)))
+        model.append(nn.Linear(5, 1)).double()
+        model = shard(model, kind)
+
+        def made(model: nn.Module = model, options: dict[str, Any] = options) -> NormalizedGD:
+            first, *rest = model.parameters()
+            return NormalizedGD([{"params": [first], "lr": 0.2}, {"params": rest}], 0.1, **options)
+
+        optimizer = made()
+        for step in range(4):
+            optimizer.zero_grad()
+            (model(x) - y).square().sum().backward()
+            optimizer.step()
+            if resumed and step == 1:
+                optimizer = restarted(model, optimizer, made())
+        reached.append([whole(p) for p in model.parameters()])
+    return reached
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "hybrid", "partly", "ddp"])
+def test_normalized_steps_of_a_sharded_model_are_those_of_one_process(ranks: Ranks, kind: str) -> None:
+    agree(ranks, trained, kind, rtol=1e-10, atol=1e-11)
+
+
+def test_normalized_steps_resume_from_a_checkpoint(ranks: Ranks) -> None:
+    agree(ranks, trained, "fsdp", True, rtol=1e-10, atol=1e-11)
+
+
+def placed(bad: bool) -> list[list[Tensor]]:
+    """Steps on tensors that are laid out in all ways, by gradients that may be laid out in others."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+
+    reached = []
+    for options in STEPS:
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(5, 3), (2, 7), (4,), (1, 3), (3, 2), (6, 2), ()]
+        starts = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        grads = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        if bad:
+            grads[0][-1, 1] = torch.nan
+        if dist.is_initialized():
+            mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+            ways = [Shard(0), Shard(1), Replicate(), Shard(0), Shard(0), None, Replicate()]
+            ways_of_grads = [Shard(0), Shard(0), Replicate(), Shard(0), Partial(), None, Replicate()]
+            for index, (way, way_of_grad) in enumerate(zip(ways, ways_of_grads, strict=True)):
+                if way is None or way_of_grad is None:
+                    continue
+                starts[index] = distribute_tensor(starts[index], mesh, [way], src_data_rank=None)
+                if way_of_grad.is_partial():
+                    part = grads[index] / mesh.size()
+                    grads[index] = DTensor.from_local(part, mesh, [way_of_grad], run_check=False)
+                else:
+                    grads[index] = distribute_tensor(grads[index], mesh, [way_of_grad], src_data_rank=None)
+        params = [nn.Parameter(start) for start in starts]
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad
+        optimizer = NormalizedGD([{"params": params[:3]}, {"params": params[3:]}], 0.1, **options)
+        for _ in range(3):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error" if not bad else "ignore")
+                optimizer.step()
+        reached.append([whole(p) for p in params])
+        assert not bad or all(torch.equal(whole(p), whole(start)) for p, start in zip(params, starts, strict=True))
+        assert float(optimizer.state[params[0]]["step"]) == (0 if bad else 3)
+    return reached
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_normalized_steps_on_any_layout_are_those_of_one_process(ranks: Ranks, bad: bool) -> None:
+    agree(ranks, placed, bad, rtol=1e-11, atol=1e-12)
+
+
+def flattened(original: bool) -> str:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel(nn.Linear(4, 3), device_id=torch.device("cpu"), use_orig_params=original)
+    with pytest.raises(ValueError, match="FullyShardedDataParallel has flattened") as error:
+        NormalizedGD(model.parameters(), 0.1)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("original", [False, True])
+def test_a_model_sharded_by_fsdp1_is_refused_with_the_cure(ranks: Ranks, original: bool) -> None:
+    for answer in ranks(flattened, original):
+        assert "torch.distributed.fsdp.fully_shard instead" in str(answer)
 
 
 # Without processes ----------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchflat import ops
 from torchflat.ops import library, reference
 
+TWO = torch.tensor([0.5, 2.0], dtype=torch.float64)
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 EPS = torch.finfo(torch.float64).eps
 # Lengths around the lanes, the tiles and the chunks of the kernels.
@@ -30,11 +31,12 @@ needs_native = pytest.mark.skipif(
 
 
 class Kernels:
-    """The three operators of one implementation, called below the public functions."""
+    """The operators of one implementation, called below the public functions."""
 
-    def __init__(self, library: object) -> None:
-        names = ("orthogonalize_", "dot", "norms", "axpy_", "axpby_")
-        self.orthogonalize_, self.dot, self.norms, self.axpy_, self.axpby_ = (getattr(library, name) for name in names)
+    def __init__(self, library: Any) -> None:
+        self.orthogonalize_ = library.orthogonalize_
+        self.dot, self.norms, self.axpy_ = library.dot, library.norms, library.axpy_
+        self.axpby_, self.normalized_axpby_ = library.axpby_, library.normalized_axpby_
 
 
 TWIN = Kernels(reference)
@@ -176,7 +178,35 @@ def test_norm() -> None:
 
 def test_empty_lists_are_zero() -> None:
     assert ops.norm([]).item() == 0.0 and ops.dot([], []).dtype == torch.float64
+    assert ops.norms([]).tolist() == []
     ops.axpy_([], [], 2.0)
+    ops.axpby_([], [], factors(2.0), factors(1.0))
+    assert ops.normalized_axpby_([], [], factors(2.0), factors(1.0)).item() == 0.0
+
+
+def test_norms_of_mixed_dtypes(kernels: Kernels) -> None:
+    a = [torch.tensor([3.0, 4.0], dtype=dtype) * 2**i for i, dtype in enumerate(FLOATS)]
+    a += [torch.empty(0, 4), torch.tensor(-2.0), torch.full((5, 5), 1e30).T]
+    result = kernels.norms(a)
+    assert result.dtype == torch.float64
+    assert result[:-1].tolist() == [5.0, 10.0, 20.0, 40.0, 0.0, 2.0]
+    assert result[-1].item() == pytest.approx(5 * a[-1][0, 0].item(), rel=4 * EPS)
+
+
+def test_norms_of_strided_tensors_are_those_of_their_elements(kernels: Kernels) -> None:
+    store = torch.full((6, 50), torch.nan)
+    store[::2, 5:40] = 2.0
+    last = randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    expected = [2 * math.sqrt(3 * 35), last.norm().item(), 2 * math.sqrt(35)]
+    found = kernels.norms([store[::2, 5:40].T, last, torch.tensor(2.0).expand(35)])
+    assert found.tolist() == pytest.approx(expected, rel=4 * EPS)
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_norms_show_which_tensor_is_not_finite(kernels: Kernels, bad: float) -> None:
+    a = torch.ones(20000)
+    a[-1] = bad
+    assert kernels.norms([torch.ones(4), a, torch.ones(9)]).isfinite().tolist() == [True, False, True]
 
 
 @needs_native
@@ -189,12 +219,26 @@ def test_native_lists_are_their_twins(data: st.DataObject) -> None:
     b = [randn(n, dtype=data.draw(dtypes), seed=i + 9) for i, n in enumerate(sizes)]
     scale = 1.0 + sum(x.double().norm() * y.double().norm() for x, y in zip(a, b, strict=True)).item()
     assert COMPILED.dot(a, b).item() == pytest.approx(TWIN.dot(a, b).item(), abs=1e-14 * scale)
-    one, two = [x.clone() for x in a], [x.clone() for x in a]
-    COMPILED.axpy_(one, b, 0.37)
-    TWIN.axpy_(two, b, 0.37)
-    for got, expected in zip(one, two, strict=True):
-        # A fused multiply-add may round once where the twin rounds twice: one unit in the last place.
-        torch.testing.assert_close(got, expected, rtol=2 * torch.finfo(got.dtype).eps, atol=1e-15)
+    torch.testing.assert_close(COMPILED.norms(a), TWIN.norms(a), rtol=1e-14, atol=0)
+    numbers = st.floats(-2, 2).map(lambda x: x if abs(x) > 1e-3 else 0.0)
+    alpha = factors(*data.draw(st.one_of(st.lists(numbers, min_size=n, max_size=n) for n in {1, len(a)})))
+    beta = factors(data.draw(numbers))
+    for change in (
+        lambda kernels, y: kernels.axpy_(y, b, 0.37),
+        lambda kernels, y: kernels.axpby_(y, b, alpha, beta),
+        lambda kernels, y: kernels.normalized_axpby_(y, b, alpha[:1], beta),
+    ):
+        one, two = [x.clone() for x in a], [x.clone() for x in a]
+        got, expected = change(COMPILED, one), change(TWIN, two)
+        assert got is None or got.item() == pytest.approx(expected.item(), rel=1e-14)
+        assert_rounded_alike(one, two, b)
+
+
+def assert_rounded_alike(one: list[Tensor], two: list[Tensor], x: list[Tensor]) -> None:
+    """A fused multiply-add may round once where the twin rounds twice: one unit in the last place."""
+    for got, expected, added in zip(one, two, x, strict=True):
+        largest = max(each.double().abs().amax().item() if each.numel() else 0.0 for each in (expected, added))
+        torch.testing.assert_close(got, expected, rtol=2 * torch.finfo(got.dtype).eps, atol=8 * EPS * (1 + largest))
 
 
 # --- line_squares -----------------------------------------------------------------------------------------------------
@@ -266,6 +310,90 @@ def test_axpy_of_a_tensor_onto_itself(kernels: Kernels) -> None:
     assert torch.equal(y, expected)
 
 
+# --- axpby_ and normalized_axpby_ -------------------------------------------------------------------------------------
+
+
+def factors(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_axpby_with_one_factor_and_with_one_for_each(kernels: Kernels, dtype: torch.dtype) -> None:
+    def lists() -> tuple[list[Tensor], list[Tensor]]:
+        y = [torch.tensor([1.0, 2.0], dtype=dtype), torch.empty(0, dtype=dtype), torch.tensor(-4.0, dtype=dtype)]
+        return y, [torch.tensor([8.0, 16.0]), torch.empty(0), torch.tensor(32.0, dtype=torch.float16)]
+
+    y, x = lists()
+    kernels.axpby_(y, x, factors(0.25), factors(-1.0))
+    assert [each.tolist() for each in y] == [[1.0, 2.0], [], 12.0]
+    y, x = lists()
+    kernels.axpby_(y, x, factors(0.25, math.nan, -0.5), factors(3.0))
+    assert [each.tolist() for each in y] == [[5.0, 10.0], [], -28.0]
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("beta", [1.0, 0.75])
+def test_a_factor_of_0_leaves_out_what_is_not_finite(kernels: Kernels, bad: float, beta: float) -> None:
+    y, x = [torch.ones(5), torch.ones(3)], [torch.full((5,), bad), torch.ones(3)]
+    kernels.axpby_(y, x, factors(0.0, 2.0), factors(beta))
+    assert y[0].tolist() == 5 * [beta] and y[1].tolist() == 3 * [beta + 2]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_scaling_is_rounded_once(kernels: Kernels, dtype: torch.dtype) -> None:
+    y = randn(40, dtype=dtype)
+    expected = (y.double() * 0.9).to(dtype)
+    kernels.axpby_([y], [torch.ones(40)], factors(0.0), factors(0.9))
+    assert torch.equal(y, expected)
+
+
+def test_a_step_of_given_length(kernels: Kernels) -> None:
+    y = [torch.tensor([1.0, 2.0]), torch.tensor(1.0).bfloat16()]
+    x = [torch.tensor([2.0, 4.0]), torch.tensor(4.0).half()]
+    norm = kernels.normalized_axpby_(y, x, factors(-12.0), factors(0.5))
+    assert norm.dtype == torch.float64 and norm.shape == () and norm.item() == 6.0
+    assert y[0].tolist() == [-3.5, -7.0] and y[1].item() == -7.5
+
+
+def test_a_step_against_nothing_only_shrinks(kernels: Kernels) -> None:
+    y, x = [torch.tensor([1.0, 2.0]), torch.empty(0)], [torch.zeros(2), torch.empty(0)]
+    assert kernels.normalized_axpby_(y, x, factors(-12.0), factors(0.5)).item() == 0.0
+    assert y[0].tolist() == [0.5, 1.0]
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_a_step_of_unknown_direction_changes_nothing(kernels: Kernels, bad: float) -> None:
+    x = [randn(20000, dtype=torch.float32), torch.tensor([1.0, bad])]
+    y = [randn(20000, dtype=torch.float32, seed=2), torch.tensor([1.0, -0.0])]
+    before = [each.clone() for each in y]
+    assert not kernels.normalized_axpby_(y, x, factors(-1.0), factors(0.5)).isfinite()
+    assert all(map(torch.equal, y, before)) and math.copysign(1.0, y[1][1]) == -1.0
+
+
+def test_a_step_of_given_length_is_axpby_with_the_norm(kernels: Kernels) -> None:
+    x = [randn(n, dtype=torch.float32, seed=n) for n in (20000, 33, 1)]
+    one, two = ([randn(n, dtype=torch.float32, seed=n + 1) for n in (20000, 33, 1)] for _ in range(2))
+    norm = kernels.normalized_axpby_(one, x, factors(-0.1), factors(0.99))
+    assert norm.item() == pytest.approx(math.sqrt(math.fsum(v * v for each in x for v in each.tolist())), rel=4 * EPS)
+    kernels.axpby_(two, x, factors(-0.1) / norm, factors(0.99))
+    assert all(map(torch.equal, one, two))
+
+
+def test_strided_targets_are_written_and_their_gaps_are_not(kernels: Kernels) -> None:
+    for change in (
+        lambda y, x: kernels.axpby_(y, x, factors(2.0), factors(-1.0)),
+        lambda y, x: kernels.normalized_axpby_(y, x, 2 * kernels.norms(x).norm().reshape(1), factors(-1.0)),
+    ):
+        base = torch.full((4, 6), 7.0, dtype=torch.float64)
+        last = torch.full((2, 3, 4, 5), 7.0, dtype=torch.float64).to(memory_format=torch.channels_last)
+        x = [torch.arange(6.0).reshape(3, 2), torch.arange(60.0).reshape(3, 4, 5).expand(2, 3, 4, 5)]
+        change([base[::2, 1::2].T, last], x)
+        expected = torch.full((4, 6), 7.0, dtype=torch.float64)
+        expected[::2, 1::2] = 2 * x[0].T - 7
+        torch.testing.assert_close(base, expected, rtol=4 * EPS, atol=0)
+        torch.testing.assert_close(last, (2 * x[1] - 7).double(), rtol=4 * EPS, atol=0)
+
+
 # --- what holds for all -----------------------------------------------------------------------------------------------
 
 
@@ -284,7 +412,10 @@ def test_native_answers_do_not_depend_on_the_number_of_threads(thread_count: Cal
     for threads in (1, 2, 5):
         thread_count(threads)
         vector = randn(100_000)
-        answers.append([COMPILED.orthogonalize_(basis, vector), vector, COMPILED.dot(lists, lists)])
+        answer = [COMPILED.orthogonalize_(basis, vector), vector, COMPILED.dot(lists, lists), COMPILED.norms(lists)]
+        y = [randn(each.numel(), dtype=torch.float32) for each in lists]
+        COMPILED.axpby_(y, lists, factors(0.1, -0.2, 0.3), factors(0.9))
+        answers.append([*answer, COMPILED.normalized_axpby_(y, lists, factors(0.1), factors(0.9)), *y])
     for answer in answers[1:]:
         assert all(torch.equal(got, expected) for got, expected in zip(answer, answers[0], strict=True))
 
@@ -310,6 +441,8 @@ def test_twins_never_copy_the_whole_basis_to_float64(monkeypatch: pytest.MonkeyP
         TWIN.orthogonalize_(basis, vector)
         TWIN.dot([basis], [basis])
         TWIN.axpy_([vector], [basis[0]], 1.0)
+        TWIN.norms([basis])
+        TWIN.normalized_axpby_([vector], [basis[0]], factors(1.0), factors(0.5))
     assert 0 < largest.elements <= 64
 
 
@@ -343,6 +476,44 @@ def test_lists_refuse(kernels: Kernels, a: list[Tensor], b: list[Tensor], messag
         kernels.dot(a, b)
     with pytest.raises(RuntimeError, match=message):
         kernels.axpy_(a, b, 1.0)
+    for change in (kernels.axpby_, kernels.normalized_axpby_):
+        with pytest.raises(RuntimeError, match=message):
+            change(a, b, factors(1.0), factors(1.0))
+
+
+def test_norms_refuse(kernels: Kernels) -> None:
+    with pytest.raises(RuntimeError, match="same length, at least 1, got 0 and 0"):
+        kernels.norms([])
+    with pytest.raises(RuntimeError, match="must be floating point"):
+        kernels.norms([torch.ones(2), torch.ones(2).int()])
+
+
+@pytest.mark.parametrize(
+    ("alpha", "beta", "message"),
+    [
+        (torch.ones(1), factors(1.0), "alpha must be contiguous float64 of length 1"),
+        (factors(1.0)[0], factors(1.0), r"alpha must be .*got .*\(\)"),
+        (factors(1.0, 2.0, 3.0), factors(1.0), r"alpha must be .*got .*\(3,\)"),
+        (factors(), factors(1.0), "alpha must be"),
+        (factors(1.0), factors(1.0, 2.0), r"beta must be .*got .*\(2,\)"),
+        (factors(1.0), factors(1.0)[0], "beta must be"),
+    ],
+)
+def test_factors_are_refused(kernels: Kernels, alpha: Tensor, beta: Tensor, message: str) -> None:
+    y = [torch.ones(2), torch.ones(3)]
+    for change, name in ((kernels.axpby_, "axpby_"), (kernels.normalized_axpby_, "normalized_axpby_")):
+        with pytest.raises(RuntimeError, match=f"{name}: {message}"):
+            change(y, [torch.ones(2), torch.ones(3)], alpha, beta)
+    assert y[0].tolist() == [1.0, 1.0]
+
+
+def test_one_factor_for_each_tensor_has_one_for_each(kernels: Kernels) -> None:
+    y, two = [torch.ones(2), torch.ones(3)], factors(1.0, 2.0)
+    kernels.axpby_(y, y, two, factors(1.0))
+    with pytest.raises(RuntimeError, match="normalized_axpby_: alpha must be"):
+        kernels.normalized_axpby_(y, y, two, factors(1.0))
+    with pytest.raises(RuntimeError, match="must be contiguous"):
+        kernels.axpby_(y, y, factors(1.0, 2.0, 3.0)[::2], factors(1.0))
 
 
 def test_axpy_writes_to_strided_targets(kernels: Kernels) -> None:
@@ -363,7 +534,11 @@ def test_differentiation_is_refused_not_dropped() -> None:
     x = torch.ones(3, dtype=torch.float64, requires_grad=True)
     for call in (
         lambda: ops.dot([x], [x]),
+        lambda: ops.norms([x]),
         lambda: ops.axpy_([torch.ones(3).double()], [x]),
+        lambda: ops.axpby_([x], [torch.ones(3)], factors(1.0), factors(1.0)),
+        lambda: ops.axpby_([torch.ones(3)], [torch.ones(3)], factors(1.0).requires_grad_(), factors(1.0)),
+        lambda: ops.normalized_axpby_([x], [torch.ones(3)], factors(1.0), factors(1.0)),
         lambda: ops.orthogonalize_(torch.eye(1, 3), x),
     ):
         with pytest.raises(RuntimeError, match="not differentiable"):
@@ -378,6 +553,8 @@ def test_autograd_notices_that_a_saved_tensor_was_changed() -> None:
     x = torch.ones(3, dtype=torch.float64, requires_grad=True)
     for change in (
         lambda saved: ops.axpy_([saved], [torch.ones(3)]),
+        lambda saved: ops.axpby_([saved], [torch.ones(3)], factors(1.0), factors(1.0)),
+        lambda saved: ops.normalized_axpby_([saved], [torch.ones(3)], factors(1.0), factors(1.0)),
         lambda saved: ops.orthogonalize_(torch.eye(1, 3), saved),
     ):
         saved = x * 2
@@ -398,6 +575,10 @@ def test_autograd_notices_that_a_saved_tensor_was_changed() -> None:
         ("dot", ([torch.ones(3, requires_grad=True)], [torch.ones(3)])),
         ("axpy_", ([torch.ones(3, 2).double(), torch.ones(4)], [torch.ones(2, 3).T, torch.ones(4)], 0.5)),
         ("line_squares", ([torch.ones(3, 4), torch.ones(2, 5, 3).double()],)),
+        ("norms", ([torch.ones(3, 2).T, torch.ones(4).double()],)),
+        ("axpby_", ([torch.ones(3, 2).T, torch.ones(4)], [torch.ones(2, 3), torch.ones(4)], TWO, TWO[:1])),
+        ("axpby_", ([torch.ones(3, requires_grad=True)], [torch.ones(3).half()], TWO[:1], TWO[1:])),
+        ("normalized_axpby_", ([torch.ones(3, 2).T], [torch.ones(2, 3).double()], TWO[:1], TWO[1:])),
     ],
 )
 def test_opcheck(name: str, arguments: tuple) -> None:
@@ -407,7 +588,9 @@ def test_opcheck(name: str, arguments: tuple) -> None:
 def chain(basis: Tensor, vector: Tensor, y: list[Tensor], x: list[Tensor]) -> Tensor:
     coefficients, rest = ops.orthogonalize_(basis, vector)
     ops.axpy_(y, x, 2.0)
-    return coefficients.sum() + rest + ops.dot(y, x) + ops.norm(x)
+    ops.axpby_(y, x, ops.norms(x), rest.reshape(1))
+    length = ops.normalized_axpby_(y, x, coefficients[:1], rest.reshape(1))
+    return coefficients.sum() + rest + ops.dot(y, x) + ops.norm(x) + length
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -500,8 +683,28 @@ def test_cuda_lists_are_their_twins(left: torch.dtype, right: torch.dtype) -> No
     b = [randn(n, seed=n + 1).to("cuda", right) for n in sizes]
     assert COMPILED.dot(a, b).item() == pytest.approx(TWIN.dot(a, b).item(), abs=1e-10)
     assert torch.equal(COMPILED.dot(a, b), COMPILED.dot(a, b))
-    one, two = [x.clone() for x in a], [x.clone() for x in a]
-    COMPILED.axpy_(one, b, 0.37)
-    TWIN.axpy_(two, b, 0.37)
-    for got, expected in zip(one, two, strict=True):
-        torch.testing.assert_close(got, expected, rtol=2 * torch.finfo(left).eps, atol=1e-15)
+    torch.testing.assert_close(COMPILED.norms(a), TWIN.norms(a), rtol=1e-13, atol=0)
+    alpha, beta = torch.linspace(-1, 1, len(a)).double().cuda(), factors(0.9).cuda()
+    alpha[3] = 0
+    for change in (
+        lambda kernels, y: kernels.axpy_(y, b, 0.37),
+        lambda kernels, y: kernels.axpby_(y, b, alpha, beta),
+        lambda kernels, y: kernels.normalized_axpby_(y, b, alpha[:1], beta),
+    ):
+        one, two = [x.clone() for x in a], [x.clone() for x in a]
+        change(COMPILED, one)
+        change(TWIN, two)
+        assert_rounded_alike(one, two, b)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_cuda_steps_of_unknown_direction_change_nothing(bad: float) -> None:
+    y, x = [torch.ones(70000, device="cuda"), torch.ones(3, device="cuda")], [torch.ones(70000, device="cuda")]
+    x.append(torch.tensor([1.0, bad, 1.0], device="cuda"))
+    one = factors(1.0).cuda()
+    assert not COMPILED.normalized_axpby_(y, x, one, one / 2).isfinite()
+    assert all((each == 1).all() for each in y)
+    COMPILED.axpby_(y, x, torch.cat([one, 0 * one]), one / 2)
+    assert (y[0] == 1.5).all() and (y[1] == 0.5).all()

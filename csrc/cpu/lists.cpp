@@ -20,6 +20,15 @@ TORCHFLAT_VECTORIZED double dot_chunk(const A* a, const B* b, int64_t count) {
   return pairwise_sum<kLanes>(sums);
 }
 
+template <class A>
+TORCHFLAT_VECTORIZED double square_chunk(const A* a, int64_t count) {
+  double sums[kLanes] = {};
+  int64_t index = 0;
+  for (; index + kLanes <= count; index += kLanes) square_add<kLanes>(sums, a + index);
+  for (; index < count; ++index) square_add<1>(sums, a + index);
+  return pairwise_sum<kLanes>(sums);
+}
+
 template <class Y, class X>
 TORCHFLAT_VECTORIZED void blend_chunk(Y* y, const X* x, int64_t count, double alpha, double beta) {
   for (int64_t index = 0; index < count; ++index) y[index] = blend(y[index], x[index], alpha, beta);
@@ -56,6 +65,15 @@ std::vector<double> chunk_dots(const Chunks& chunks) {
   return dots;
 }
 
+// Of the right tensors.
+std::vector<double> chunk_squares(const Chunks& chunks) {
+  std::vector<double> squares(chunks.list.size());
+  for_each_chunk(chunks, [&](const auto*, const auto* right, int64_t count, int64_t index) {
+    squares[index] = square_chunk(right, count);
+  });
+  return squares;
+}
+
 double sum(const std::vector<double>& parts, int64_t begin, int64_t end) {
   Sum total{};
   for (int64_t index = begin; index < end; ++index) total.add(parts[index]);
@@ -69,7 +87,7 @@ Tensor dot(const std::vector<Tensor>& a, const std::vector<Tensor>& b) {
 
 Tensor norms(const std::vector<Tensor>& a) {
   const Chunks chunks = checked_chunks(a, a, kChunk, false, "norms");
-  const std::vector<double> squares = chunk_dots(chunks);
+  const std::vector<double> squares = chunk_squares(chunks);
   Tensor result = torch::stable::empty({static_cast<int64_t>(a.size())}, torch::headeronly::ScalarType::Double);
   auto* out = static_cast<double*>(result.mutable_data_ptr());
   for (size_t index = 0; index < a.size(); ++index) {
@@ -78,7 +96,7 @@ Tensor norms(const std::vector<Tensor>& a) {
   return result;
 }
 
-void blend_all(Chunks chunks, const Factors& factors) {
+void blend_all(Chunks& chunks, const Factors& factors) {
   const double beta = *factors.beta;
   for_each_chunk(chunks, [&](auto* left, const auto* right, int64_t count, int64_t index) {
     const double alpha = factors.alpha_of(chunks.list[index].pair);
@@ -92,14 +110,26 @@ void blend_all(Chunks chunks, const Factors& factors) {
 }
 
 void axpy_(const std::vector<Tensor>& y, const std::vector<Tensor>& x, double alpha) {
+  Chunks chunks = checked_chunks(y, x, kChunk, true, "axpy_");
   const double beta = 1;
-  blend_all(checked_chunks(y, x, kChunk, true, "axpy_"), {&alpha, &beta, true});
+  blend_all(chunks, {&alpha, &beta, true});
 }
 
 void axpby_(
     const std::vector<Tensor>& y, const std::vector<Tensor>& x, const Tensor& alpha, const Tensor& beta) {
   Chunks chunks = checked_chunks(y, x, kChunk, true, "axpby_");
-  blend_all(std::move(chunks), checked_factors(alpha, beta, y[0], static_cast<int64_t>(y.size())));
+  blend_all(chunks, checked_factors(alpha, beta, y[0], static_cast<int64_t>(y.size()), "axpby_"));
+}
+
+Tensor normalized_axpby_(
+    const std::vector<Tensor>& y, const std::vector<Tensor>& x, const Tensor& alpha, const Tensor& beta) {
+  Chunks chunks = checked_chunks(y, x, kChunk, true, "normalized_axpby_");
+  const Factors factors = checked_factors(alpha, beta, y[0], 1, "normalized_axpby_");
+  const std::vector<double> squares = chunk_squares(chunks);
+  const double norm = std::sqrt(sum(squares, 0, squares.size()));
+  const double alpha_now = normalized_alpha(*factors.alpha, norm), beta_now = normalized_beta(*factors.beta, norm);
+  blend_all(chunks, {&alpha_now, &beta_now, true});
+  return torch::stable::full({}, norm, torch::headeronly::ScalarType::Double);
 }
 
 }  // namespace
@@ -109,6 +139,7 @@ STABLE_TORCH_LIBRARY_IMPL(torchflat, CPU, library) {
   library.impl("norms", TORCH_BOX(&norms));
   library.impl("axpy_", TORCH_BOX(&axpy_));
   library.impl("axpby_", TORCH_BOX(&axpby_));
+  library.impl("normalized_axpby_", TORCH_BOX(&normalized_axpby_));
 }
 
 }  // namespace torchflat

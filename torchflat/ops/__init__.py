@@ -14,7 +14,18 @@ from torch import Tensor
 
 from torchflat.ops.library import backend, describe
 
-__all__ = ["axpby_", "axpy_", "backend", "describe", "dot", "line_squares", "norm", "norms", "orthogonalize_"]
+__all__ = [
+    "axpby_",
+    "axpy_",
+    "backend",
+    "describe",
+    "dot",
+    "line_squares",
+    "norm",
+    "normalized_axpby_",
+    "norms",
+    "orthogonalize_",
+]
 
 
 def orthogonalize_(basis: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,6 +168,32 @@ def axpby_(y: Sequence[Tensor], x: Sequence[Tensor], alpha: Tensor, beta: Tensor
     _refuse_autograd("axpby_", (*y, *x, alpha, beta))
     torch.ops.torchflat.axpby_(y, x, alpha, beta)
     _mark_changed(y)
+
+
+def normalized_axpby_(y: Sequence[Tensor], x: Sequence[Tensor], alpha: Tensor, beta: Tensor) -> Tensor:
+    """Scale and add a step of given length over two lists: ``y_i <- beta * y_i + alpha * x_i / |x|``; return ``|x|``.
+
+    |x| is the norm of all ``x_i`` taken as one vector, a 0-dim float64 tensor. Where it is 0, y only shrinks by
+    ``beta``; where it is not finite, nothing changes. The two sweeps need no temporaries and read nothing back from the
+    device. ``alpha`` and ``beta`` are (1,), float64 and on the device of the tensors.
+
+    Raises:
+        RuntimeError: as :func:`axpby_`.
+
+    >>> y = torch.tensor([1.0, 2.0])
+    >>> one = torch.ones(1, dtype=torch.float64)
+    >>> normalized_axpby_([y], [torch.tensor([3.0, 4.0])], 10 * one, one).item()
+    5.0
+    >>> y.tolist()
+    [7.0, 10.0]
+    """
+    y, x = list(y), list(x)
+    if not y and not x:
+        return torch.zeros((), dtype=torch.float64)
+    _refuse_autograd("normalized_axpby_", (*y, *x, alpha, beta))
+    norm: Tensor = torch.ops.torchflat.normalized_axpby_(y, x, alpha, beta)
+    _mark_changed(y)
+    return norm
 
 
 def _refuse_autograd(name: str, tensors: Sequence[Tensor]) -> None:

@@ -21,7 +21,7 @@ from torchflat.ops import reference
 __all__ = ["backend", "describe"]
 
 # Of both devices: line_squares is compiled for the CPU only, as its twin is bound by memory on CUDA already.
-_KERNELS = ("orthogonalize_", "dot", "norms", "axpy_", "axpby_")
+_KERNELS = ("orthogonalize_", "dot", "norms", "axpy_", "axpby_", "normalized_axpby_")
 _PACKAGE = Path(__file__).resolve().parent
 _BUILD_RECORD = _PACKAGE / "_build.json"
 
@@ -111,6 +111,15 @@ def _fake_axpy(y: list[Tensor], x: list[Tensor], alpha: float) -> None:
     reference.check_lists(y, x, "axpy_")
 
 
+def _fake_axpby(y: list[Tensor], x: list[Tensor], alpha: Tensor, beta: Tensor) -> None:
+    reference.check_axpby(y, x, alpha, beta, len(y), "axpby_")
+
+
+def _fake_normalized_axpby(y: list[Tensor], x: list[Tensor], alpha: Tensor, beta: Tensor) -> Tensor:
+    reference.check_axpby(y, x, alpha, beta, 1, "normalized_axpby_")
+    return alpha.new_empty(())
+
+
 _library = torch.library.Library("torchflat", "DEF")
 
 
@@ -128,7 +137,12 @@ _define("dot(Tensor[] a, Tensor[] b) -> Tensor", reference.dot, _fake_dot)
 _define("norms(Tensor[] a) -> Tensor", reference.norms, _fake_norms)
 _define("line_squares(Tensor[] a) -> Tensor", reference.line_squares, _fake_line_squares)
 _define("axpy_(Tensor(a!)[] y, Tensor[] x, float alpha) -> ()", reference.axpy_, _fake_axpy)
-_define("axpby_(Tensor(a!)[] y, Tensor[] x, Tensor alpha, Tensor beta) -> ()", reference.axpby_, reference.check_axpby)
+_define("axpby_(Tensor(a!)[] y, Tensor[] x, Tensor alpha, Tensor beta) -> ()", reference.axpby_, _fake_axpby)
+_define(
+    "normalized_axpby_(Tensor(a!)[] y, Tensor[] x, Tensor alpha, Tensor beta) -> Tensor",
+    reference.normalized_axpby_,
+    _fake_normalized_axpby,
+)
 
 _loaded: dict[str, str] = {}
 _reasons: dict[str, str] = {}

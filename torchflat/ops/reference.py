@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["CHUNK", "axpby_", "axpy_", "dot", "line_squares", "norms", "orthogonalize_"]
+__all__ = ["CHUNK", "axpby_", "axpy_", "dot", "line_squares", "normalized_axpby_", "norms", "orthogonalize_"]
 
 CHUNK = 1 << 18
 
@@ -78,9 +78,18 @@ def axpy_(y: list[Tensor], x: list[Tensor], alpha: float) -> None:
 
 def axpby_(y: list[Tensor], x: list[Tensor], alpha: Tensor, beta: Tensor) -> None:
     """``y = beta * y + alpha * x``, computed and rounded as in :func:`axpy_`; an ``alpha`` of 0 leaves ``x`` out."""
-    check_axpby(y, x, alpha, beta)
+    check_axpby(y, x, alpha, beta, len(y), "axpby_")
     for target, source, factor in zip(y, x, alpha.expand(len(y)).tolist(), strict=True):
         _blend(target, source, factor, beta.item())
+
+
+def normalized_axpby_(y: list[Tensor], x: list[Tensor], alpha: Tensor, beta: Tensor) -> Tensor:
+    """:func:`axpby_` with ``alpha`` divided by the norm of all ``x``, which it returns; without ``x`` if that is 0."""
+    check_axpby(y, x, alpha, beta, 1, "normalized_axpby_")
+    norm = dot(x, x).sqrt_()
+    if norm.isfinite():
+        axpby_(y, x, alpha / norm if norm > 0 else torch.zeros_like(alpha), beta)
+    return norm
 
 
 def _blend(y: Tensor, x: Tensor, alpha: float, beta: float) -> None:
@@ -149,18 +158,18 @@ def check_lines(a: list[Tensor]) -> None:
         )
 
 
-def check_axpby(y: list[Tensor], x: list[Tensor], alpha: Tensor, beta: Tensor) -> None:
-    """:func:`check_lists`, and the factors must be float64 vectors of the right length on the same device."""
-    check_lists(y, x, "axpby_")
-    for name, factor, lengths in (("alpha", alpha, (1, len(y))), ("beta", beta, (1,))):
+def check_axpby(y: list[Tensor], x: list[Tensor], alpha: Tensor, beta: Tensor, alphas: int, name: str) -> None:
+    """:func:`check_lists`; ``alpha`` and ``beta`` must be float64 of length 1 there, or ``alpha`` of ``alphas``."""
+    check_lists(y, x, name)
+    for which, factor, longest in (("alpha", alpha, alphas), ("beta", beta, 1)):
         torch._check(
             factor.dim() == 1
-            and factor.size(0) in lengths
+            and factor.size(0) in (1, longest)
             and factor.dtype == torch.float64
             and factor.device == y[0].device
             and factor.is_contiguous(),
-            lambda name=name, factor=factor, lengths=lengths: (  # type: ignore[misc]
-                f"axpby_: {name} must be contiguous float64 of length {' or '.join(map(str, dict.fromkeys(lengths)))} "
+            lambda which=which, factor=factor, longest=longest: (  # type: ignore[misc]
+                f"{name}: {which} must be contiguous float64 of length 1{f' or {longest}' if longest > 1 else ''} "
                 f"on {y[0].device}, got {factor.dtype} {tuple(factor.shape)} on {factor.device}"
             ),
         )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +21,12 @@ __all__ = ["NormalizedGD"]
 
 Norm = Literal["global", "group", "tensor"]
 NORMS = ("global", "group", "tensor")
+HALVES = (torch.float16, torch.bfloat16)
 NONFINITE = "the norm of the gradient is not finite"
+# torch.optim renamed it after 2.10.
+_check_capture = (
+    getattr(Optimizer, "_accelerator_graph_capture_health_check", None) or Optimizer._cuda_graph_capture_health_check
+)
 
 
 class NormalizedGD(Optimizer):
@@ -33,20 +41,24 @@ class NormalizedGD(Optimizer):
     fall to 0 with ``decay=0`` and :class:`PowerDecayLR` to take that away.
 
     One gradient and no closure: accumulation, GradScaler, DDP, schedulers and resuming work as they do with SGD;
-    clipping the gradient changes nothing. Only ``lr`` has another meaning: it is the length of the first step. To
-    start with the steps that SGD takes at a rate η, use lr ≈ η·|∇f|.
+    clipping the norm of the gradient changes nothing, unless there is momentum. Only ``lr`` has another meaning: it is
+    the length of the first step. To start with the steps that SGD takes at a rate η, use lr ≈ η·|∇f|.
 
-    Each step changes a conserved quantity Q(x) = xᵀAx of the gradient flow by exactly α_k²·Q(∇f/|∇f|), and a linear
-    one not at all (T037); :class:`Tracker` keeps account of it.
+    The norms of DTensors, such as the parameters of FSDP2 (``fully_shard``), are taken over all processes. With DDP
+    each process has the same gradient, and so the same step, if the last backward pass before it is outside of
+    ``no_sync``.
+
+    Where all groups have the same α_k, a step changes a conserved quantity Q(x) = xᵀAx of the gradient flow by exactly
+    α_k²·Q(∇f/|∇f|), and a linear one not at all (T037); :class:`Tracker` keeps account of it.
 
     Args:
         params: tensors, dicts that define groups, or pairs (name, tensor).
         lr: length of the first step, a float or a tensor with one element.
         decay: exponent of the decay; 0 for steps of constant length.
-        norm: what the gradient is divided by. ``"global"``: its norm over all groups, which keeps every law. Unlike
-            other optimizers, two groups are then not the same as two optimizers. ``"group"``: the norm over its group;
-            laws between parameters of different groups are broken. ``"tensor"``: the norm of each tensor; the only
-            laws left are those within one tensor, so that no rescaling law is.
+        norm: what the gradient is divided by. ``"global"``: its norm over all groups with this setting, which keeps
+            every law. Unlike in other optimizers, two groups are then not the same as two optimizers. ``"group"``: the
+            norm over its group; laws between parameters of different groups are broken. ``"tensor"``: the norm of each
+            tensor; the only laws left are those within one tensor, so that those of rescaling two layers are broken.
         momentum: factor of the past in the running sum of gradients that is normalised in place of the gradient. It
             breaks the quadratic laws.
         weight_decay: decoupled, x ← (1 − α_k·weight_decay)·x before the step. It breaks the laws.
@@ -56,11 +68,11 @@ class NormalizedGD(Optimizer):
         foreach: work on lists of tensors at once; default: where ``fused`` does not.
         fused: use the compiled kernels, two sweeps without temporaries; default: if they are built for the device.
         capturable: never read back from the device, for CUDA graphs. Steps with a norm that is not finite still move
-            nothing, but do not warn.
+            nothing, but neither warn nor raise; nor do compiled steps.
         differentiable: let autograd record the step.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or FSDP1 has flattened a parameter.
         RuntimeError: ``fused`` together with ``foreach`` or ``differentiable``.
 
     Source: T036–T055.
@@ -127,31 +139,61 @@ class NormalizedGD(Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-        if any("step" in kept for kept in self.state.values()):
+        if self.state:
             self._share_clock()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; it shares the count of steps of the others.
+
+        Raises:
+            ValueError: FSDP1 has flattened a parameter, so that this process has a part of it of unknown norm.
+        """
+        super().add_param_group(param_group)
+        if any(getattr(p, "_fsdp_flattened", False) for p in self.param_groups[-1]["params"]):
+            self.param_groups.pop()
+            raise ValueError(
+                "NormalizedGD cannot tell the norm of parameters that FullyShardedDataParallel has flattened: shard "
+                "the model with torch.distributed.fsdp.fully_shard instead"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as other optimizers do; each parameter has its own copy of the count of steps."""
+        state: dict[str, Any] = super().state_dict()
+        for index, kept in state["state"].items():
+            if isinstance(kept, dict) and "step" in kept:
+                state["state"][index] = {**kept, "step": self._clock.clone()}
+        return state
+
+    @property
+    def _clock(self) -> Tensor:
+        """The count of steps, k."""
+        clock: Tensor = self.state[self.param_groups[0]["params"][0]]["step"]
+        return clock
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; return what ``closure`` returns, if one is given to evaluate the model anew.
 
         Raises:
-            RuntimeError: a gradient is sparse, or its norm is not finite and ``error_if_nonfinite`` is set.
+            RuntimeError: a gradient is sparse, or its norm is not finite and ``error_if_nonfinite`` is set, or
+                ``fused`` is and there are no kernels for the device.
         """
-        self._accelerator_graph_capture_health_check()
+        _check_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         shares: list[_Share] = []
         clocks: list[Tensor] = []
-        for group in self.param_groups:
+        for index, group in enumerate(self.param_groups):
             params: list[Tensor] = []
             grads: list[Tensor] = []
             buffers: list[Tensor] = []
             self._init_group(group, params, grads, buffers, clocks)
-            shares += _shares(group, params, grads, buffers)
+            pool = "global" if group["norm"] == "global" else index
+            shares += _shares(group, pool, params, grads, buffers)
         if shares:
-            self._move(shares, clocks[0])
+            self._move(shares, clocks[-1])
         return loss
 
     # torch.compile runs a method of this name while it traces, with empty lists to fill.
@@ -165,16 +207,17 @@ class NormalizedGD(Optimizer):
     ) -> None:
         """Collect what has a gradient, and the one count of steps, which the states of all parameters share."""
         for p in group["params"]:
-            if p.grad is not None:
-                if p.grad.is_sparse:
+            grad = p.grad  # once: each time makes a new object
+            if grad is not None:
+                if grad.is_sparse:
                     raise RuntimeError("NormalizedGD does not support sparse gradients")
                 params.append(p)
-                grads.append(p.grad)
+                grads.append(grad)
         if not params:
             return
-        if len(self.state) < sum(len(each["params"]) for each in self.param_groups):
+        if "step" not in self.state[params[0]]:
             self._share_clock()
-        clocks.append(next(iter(self.state.values()))["step"])
+        clocks.append(self._clock)
         if group["momentum"]:
             for p in params:
                 state = self.state[p]
@@ -184,37 +227,44 @@ class NormalizedGD(Optimizer):
 
     def _share_clock(self) -> None:
         """Let the states of all parameters hold one and the same count of steps: the largest that there was, or 0."""
-        counts = [torch.as_tensor(state["step"]) for state in self.state.values() if "step" in state]
-        if counts:
-            clock = max(counts, key=float)
-            clock = clock if clock.is_floating_point() else clock.float()
-        else:
-            group = self.param_groups[0]
-            device = group["params"][0].device if group["capturable"] else "cpu"
-            clock = torch.zeros((), dtype=torch.float32, device=device)
+        states = [state for state in self.state.values() if isinstance(state, dict)]  # hooks may add other things
+        k = max((float(state["step"]) for state in states if "step" in state), default=0.0)
+        group = self.param_groups[0]
+        device = group["params"][0].device if group["capturable"] else "cpu"
+        clock = torch.full((), k, dtype=torch.float32, device=device)
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p]["step"] = clock
 
     def _move(self, shares: Sequence[_Share], clock: Tensor) -> None:
         """Take the step and advance k; or, if the norm of the gradient is not finite, do neither."""
+        reads_back = not (torch.compiler.is_compiling() or any(share.group["capturable"] for share in shares))
+        k = clock.item() if reads_back else clock.to(_wide(clock.device))
+        if len(shares) == 1 and shares[0].is_plain:
+            norm = shares[0].move_at_once(k)
+            if reads_back and not math.isfinite(norm.item()):
+                self._refuse(shares)
+            else:
+                clock += 1 if reads_back else norm.isfinite().to(clock.device)
+            return
+        directions = [share.grads for share in shares]
         norms = [share.norms(share.grads) for share in shares]
         finite = _total(norms).isfinite()
-        reads_back = not (torch.compiler.is_compiling() or any(share.group["capturable"] for share in shares))
         if reads_back and not finite:
             self._refuse(shares)
             return
-        for index, share in enumerate(shares):
+        gates = [None if reads_back else finite.to(norm.device) for norm in norms]
+        pools: dict[str | int, list[Tensor]] = {}
+        for index, (share, gate) in enumerate(zip(shares, gates, strict=True)):
             if share.buffers:
-                share.accumulate(None if reads_back else finite)
-                norms[index] = share.norms(share.buffers)
-        pooled = [norm for share, norm in zip(shares, norms, strict=True) if share.group["norm"] == "global"]
-        total = _total(pooled or norms)
-        for share, norm in zip(shares, norms, strict=True):
-            by = {"global": total, "group": _total([norm]), "tensor": norm}[share.group["norm"]]
-            length = share.group["lr"] * (clock.double() + 1) ** -share.group["decay"]
-            share.move(length, by, None if reads_back else finite)
-        clock += 1 if reads_back else finite
+                directions[index] = share.accumulate(gate)
+                norms[index] = share.norms(directions[index])
+            pools.setdefault(share.pool, []).append(norms[index])
+        totals = {pool: _total(pooled) for pool, pooled in pools.items()}
+        for share, toward, norm, gate in zip(shares, directions, norms, gates, strict=True):
+            by = norm if share.group["norm"] == "tensor" else totals[share.pool].to(norm.device)
+            share.move(toward, share.length(k), by, gate)
+        clock += 1 if reads_back else finite.to(clock.device)
 
     def _refuse(self, shares: Sequence[_Share]) -> None:
         """Raise, where a group asks for it, or warn once, that the gradient gives no direction."""
@@ -225,29 +275,54 @@ class NormalizedGD(Optimizer):
             )
         if not self.__dict__.get("_warned", False):
             self._warned = True
-            warnings.warn(
-                f"NormalizedGD: {NONFINITE}: such steps move nothing and do not count. Said once", stacklevel=5
-            )
+            text = f"NormalizedGD: {NONFINITE}: such steps move nothing and do not count. Said once"
+            warnings.warn(text, stacklevel=_depth_of_caller())
 
 
 @dataclass(frozen=True)
 class _Share:
-    """What one group has on one device, as real tensors; where they are parts of DTensors, ``whole`` are those."""
+    """What one group has on one device, as real tensors; where they are parts of DTensors, ``whole`` are those.
+
+    Shares of the same ``pool`` are divided by the norm of all of them.
+    """
 
     group: dict[str, Any]
+    pool: str | int
     fused: bool
     whole: list[Tensor] | None
     params: list[Tensor]
     grads: list[Tensor]
     buffers: list[Tensor]
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether one call of a kernel does the whole step, if there are no other shares."""
+        return self.fused and self.whole is None and not self.buffers and self.group["norm"] != "tensor"
+
+    def length(self, k: float | Tensor) -> float | Tensor:
+        """Return α_k, a 0-dim tensor if ``lr`` or ``k`` is one."""
+        lr: float | Tensor = self.group["lr"]
+        if isinstance(lr, Tensor):
+            lr = lr.to(_wide(lr.device)).reshape(())
+        length: float | Tensor = lr * (k + 1) ** -self.group["decay"]
+        return length
+
+    def move_at_once(self, k: float | Tensor) -> Tensor:
+        """Take the step, if the norm of the gradient, which is returned, is finite."""
+        length = self.length(k)
+        alpha = length if self.group["maximize"] else -length
+        beta = 1 - length * self.group["weight_decay"]
+        device = self.params[0].device
+        return ops.normalized_axpby_(self.params, self.grads, _factor(alpha, device), _factor(beta, device))
+
     def norms(self, tensors: list[Tensor]) -> Tensor:
         """Return the norm of each tensor, of the whole one where it is a part: (k,) float64."""
-        own = ops.norms(tensors) if self.fused else torch.stack(torch._foreach_norm(tensors, 2, torch.float64))
+        wide = _wide(tensors[0].device)
+        own = ops.norms(tensors) if self.fused else torch.stack(torch._foreach_norm(tensors, 2, wide))
         return own if self.whole is None else sharded.whole_norms(own, self.whole)
 
-    def accumulate(self, finite: Tensor | None) -> None:
-        """Add the gradients to the sums of the past; with ``finite``, only if it is true."""
+    def accumulate(self, finite: Tensor | None) -> list[Tensor]:
+        """Add the gradients to the sums of the past and return these; with ``finite``, add only if it is true."""
         momentum = self.group["momentum"]
         if finite is not None:
             for buffer, grad in zip(self.buffers, self.grads, strict=True):
@@ -255,9 +330,15 @@ class _Share:
         else:
             torch._foreach_mul_(self.buffers, momentum)
             torch._foreach_add_(self.buffers, self.grads)
+        if self.group["differentiable"]:  # autograd keeps what the next step overwrites
+            return [buffer.clone() for buffer in self.buffers]
+        return self.buffers
 
-    def move(self, length: Tensor, by: Tensor, finite: Tensor | None) -> None:
+    def move(self, directions: list[Tensor], length: float | Tensor, by: Tensor, finite: Tensor | None) -> None:
         """Move by ``length`` along what is divided by ``by``; nowhere if that is 0 or ``finite`` is not true."""
+        length = torch.as_tensor(length, dtype=by.dtype)
+        if length.device.type != "cpu":  # those of the CPU go to any device, unasked
+            length = length.to(by.device)
         goes = by > 0 if finite is None else (by > 0) & finite
         alpha = torch.where(goes, length / torch.where(goes, by, 1.0), 0.0)
         alpha = alpha if self.group["maximize"] else -alpha
@@ -271,40 +352,66 @@ class _Share:
             step = _single_tensor_normalizedgd
         else:
             step = _multi_tensor_normalizedgd
-        directions = self.buffers or self.grads
         if finite is not None and not self.fused:  # 0 times infinity would be NaN
             directions = [torch.where(finite, direction, 0.0) for direction in directions]
+        if not self.fused:
+            # A length over the norm of tiny gradients may exceed what float16, or even float32, can hold.
+            directions = [each.float() if each.dtype in HALVES else each for each in directions]
+            largest = min(torch.finfo(each.dtype).max for each in directions)
+            alpha = alpha.clamp(-largest, largest)
         step(self.params, directions, alpha, beta)
 
 
-def _shares(group: dict[str, Any], params: list[Tensor], grads: list[Tensor], buffers: list[Tensor]) -> list[_Share]:
+def _depth_of_caller() -> int:
+    """Return the ``stacklevel`` of the line that called the optimizer, whatever hooks or schedulers wrap it."""
+    depth, frame = 0, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "torchflat"):
+        depth, frame = depth + 1, frame.f_back
+    return depth
+
+
+def _shares(
+    group: dict[str, Any], pool: str | int, params: list[Tensor], grads: list[Tensor], buffers: list[Tensor]
+) -> list[_Share]:
     """Cut what a group has into shares, one for each device."""
     if not params:
         return []
     lists, whole = [params, grads, buffers], None
     if sharded.is_sharded(params):
-        lists, whole = [sharded.local(tensors, params) for tensors in lists], params
-    if any(map(torch.is_complex, params)):
+        lists, whole = [sharded.local(tensors, params) if tensors else [] for tensors in lists], params
+    if any(dtype.is_complex for dtype in {p.dtype for p in params}):
+        lists[1] = [grad.resolve_conj() for grad in lists[1]]
         lists = [[torch.view_as_real(each) if each.is_complex() else each for each in tensors] for tensors in lists]
     devices = {each.device for each in lists[0]}
     if len(devices) == 1:
-        return [_Share(group, _fused(group, devices.pop()), whole, *lists)]
+        return [_Share(group, pool, _fused(group, devices.pop()), whole, *lists)]
     shares = []
     for device in sorted(devices, key=str):
         here = [index for index, each in enumerate(lists[0]) if each.device == device]
         parts = [[tensors[index] for index in here] if tensors else [] for tensors in lists]
-        shares.append(_Share(group, _fused(group, device), whole and [whole[index] for index in here], *parts))
+        whole_here = whole and [whole[index] for index in here]
+        shares.append(_Share(group, pool, _fused(group, device), whole_here, *parts))
     return shares
 
 
 def _fused(group: dict[str, Any], device: torch.device) -> bool:
     """Whether the compiled kernels do the step."""
     if group["fused"]:
-        if ops.backend(device) != "native":
+        if not (torch.compiler.is_compiling() or _has_kernels(device.type)):  # which cannot be traced
             raise RuntimeError(f"`fused=True` needs compiled kernels for {device.type}: see `torchflat doctor`")
         return True
     free = group["fused"] is None and group["foreach"] is None and not group["differentiable"]
-    return free and not torch.compiler.is_compiling() and ops.backend(device) == "native"
+    return free and not torch.compiler.is_compiling() and _has_kernels(device.type)
+
+
+@functools.cache  # a question to the dispatcher for each kernel, which would take a tenth of a step
+def _has_kernels(device_type: str) -> bool:
+    return ops.backend(device_type) == "native"
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    """Return the dtype of norms and lengths on a device: the widest that it has."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _total(norms: Sequence[Tensor]) -> Tensor:
@@ -336,5 +443,8 @@ def _multi_tensor_normalizedgd(
 
 
 def _fused_normalizedgd(params: list[Tensor], directions: list[Tensor], alpha: Tensor, beta: Tensor | None) -> None:
-    beta = torch.ones(1, dtype=torch.float64, device=alpha.device) if beta is None else beta.reshape(1)
-    ops.axpby_(params, directions, alpha.reshape(-1), beta)
+    ops.axpby_(params, directions, alpha.reshape(-1), _factor(1.0 if beta is None else beta, alpha.device))
+
+
+def _factor(value: float | Tensor, device: torch.device) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float64, device=device).reshape(1)

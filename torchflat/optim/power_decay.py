@@ -15,13 +15,13 @@ class PowerDecayLR(LRScheduler):
     This is the decay that :class:`NormalizedGD` has built in, where the rate of a group has its power law removed with
     ``decay=0``. The cool-down multiplies the rate by min(1, (total_steps − k)/cooldown_steps): steps that stay above
     the noise flatten, and their last swing across the valley, of length α_k, dies out in the cool-down, so that the
-    loss converges too (T050: the iterates end α_K away from the valley, their projections on it at the flat set).
+    loss converges too (T050: the iterates end up to α_K away from the valley, their projections on it at the flat set).
 
     Args:
         optimizer: any optimizer of torch; call :meth:`step` after each of its steps.
         exponent: q of the power law; at most 1/p for a p-d-Lyapunov function (T036), so ½ or ¼; 0 for none.
         cooldown_steps: number of steps at the end over which the rate falls linearly.
-        total_steps: number of steps of the whole run, for the cool-down; after it the rate is 0.
+        total_steps: number of steps of the whole run, for the cool-down, after which the rate is 0.
 
     Raises:
         ValueError: an argument is out of range, or a group has a ``decay`` of its own that is not 0, which would

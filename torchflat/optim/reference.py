@@ -40,7 +40,7 @@ class ReferenceNormalizedGD:
     def step(self) -> None:
         """Set x ← (1 − α_k·weight_decay)·x − α_k·m/|m|, where m ← momentum·m + ∇f, α_k = lr·(k + 1)^(−decay)."""
         pairs = [(p, p.grad, m) for p, m in zip(self.params, self.sums, strict=True) if p.grad is not None]
-        if not all(grad.isfinite().all() for _, grad, _ in pairs):
+        if not pairs or not all(grad.isfinite().all() for _, grad, _ in pairs):
             return
         for _, grad, m in pairs:
             m.mul_(self.momentum).add_(grad)

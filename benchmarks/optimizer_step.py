@@ -1,0 +1,174 @@
+"""Time a step of NormalizedGD against clipping and SGD, and against a C loop that reads and writes the same bytes.
+
+    python -m benchmarks.optimizer_step [--threads 1] [--rounds 15] [--clock wall]
+
+All run in turn, round by round, so that a busy moment hits all of them; ms are medians over the rounds and ratios are
+medians of the ratios of each round. `SGD / step` compares clip_grad_norm_ and SGD, both foreach, with a step; `SGD / C`
+is what this could be at most, for the loop has nothing around it: no lists of tensors, no Python. What a step costs
+besides: `kernel` is its one call of a compiled kernel, `lists` the part of that which hands over the tensors (a call on
+as many empty ones); the rest of a step is Python's. GB/s are those of the C loop.
+
+On a machine that does other work too, `--clock thread` counts the time in which the one thread really ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor
+
+from torchflat import ops
+from torchflat.optim import NormalizedGD
+
+LOOP = r"""
+#include <math.h>
+#include <stdint.h>
+#define CHUNK 16384
+struct run { float *x; const float *g; int64_t count; };
+double step(const struct run *runs, int64_t count, double length) {
+  double square = 0;
+#pragma omp parallel for reduction(+ : square) schedule(static)
+  for (int64_t r = 0; r < count; ++r) {
+    double sums[32] = {0};
+    const float *g = runs[r].g;
+    int64_t i = 0;
+    for (; i + 32 <= runs[r].count; i += 32)
+      for (int lane = 0; lane < 32; ++lane) sums[lane] += (double)g[i + lane] * (double)g[i + lane];
+    for (; i < runs[r].count; ++i) sums[0] += (double)g[i] * (double)g[i];
+    for (int lane = 0; lane < 32; ++lane) square += sums[lane];
+  }
+  const double factor = -length / sqrt(square);
+#pragma omp parallel for schedule(static)
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t i = 0; i < runs[r].count; ++i)
+      runs[r].x[i] = (float)((double)runs[r].x[i] + factor * (double)runs[r].g[i]);
+  return square;
+}
+"""
+CHUNK = 16384  # elements, as in the kernels
+BYTES = 4 * 4  # an element: the gradient twice and the parameter once are read, the parameter is written
+SIZES: dict[str, Callable[[], list[Tensor]]] = {
+    "200 of 64 x 64": lambda: [torch.randn(64, 64) for _ in range(200)],
+    "ResNet-18": lambda: [torch.randn(p.shape) for p in torchvision.models.resnet18().parameters()],
+    "ViT-B/16": lambda: [torch.randn(p.shape) for p in torchvision.models.vit_b_16().parameters()],
+}
+CLOCKS = {"wall": time.perf_counter, "thread": time.thread_time}
+
+
+class Run(ctypes.Structure):
+    """A run of elements of one tensor, as the C loop takes it."""
+
+    _fields_ = (("x", ctypes.c_void_p), ("g", ctypes.c_void_p), ("count", ctypes.c_int64))
+
+
+def compiled_loop(folder: Path) -> ctypes.CDLL:
+    """Compile the C loop for this machine and load it."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        raise SystemExit("the C loop needs a compiler: no `cc` was found")
+    (folder / "loop.c").write_text(LOOP)
+    flags = ["-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC"]
+    subprocess.run([compiler, *flags, "loop.c", "-o", "loop.so", "-lm"], cwd=folder, check=True)
+    library = ctypes.CDLL(str(folder / "loop.so"))
+    library.step.argtypes = (ctypes.POINTER(Run), ctypes.c_int64, ctypes.c_double)
+    library.step.restype = ctypes.c_double
+    return library
+
+
+def with_gradients(tensors: list[Tensor]) -> list[Tensor]:
+    """Return parameters of their own with random gradients."""
+    params = [tensor.clone().requires_grad_() for tensor in tensors]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    return params
+
+
+def ways(tensors: list[Tensor], library: ctypes.CDLL) -> dict[str, Callable[[], object]]:
+    """Return what is timed, by name, on parameters of their own where these are changed."""
+    torch_params, our_params, loop_params = (with_gradients(tensors) for _ in range(3))
+    sgd = torch.optim.SGD(torch_params, lr=1e-6, foreach=True)
+    step = NormalizedGD(our_params, lr=1e-6, decay=0, fused=True).step
+    one = torch.ones(1, dtype=torch.float64)
+    our_grads: list[Tensor] = [p.grad for p in our_params]  # type: ignore[misc]
+    empty = [torch.empty(0) for _ in tensors]
+    pieces = [
+        Run(p.data_ptr() + 4 * start, p.grad.data_ptr() + 4 * start, min(CHUNK, p.numel() - start))
+        for p in loop_params
+        if p.grad is not None
+        for start in range(0, p.numel(), CHUNK)
+    ]
+    runs = (Run * len(pieces))(*pieces)
+
+    def clip_and_sgd() -> None:
+        torch.nn.utils.clip_grad_norm_(torch_params, 1.0, foreach=True)
+        sgd.step()
+
+    def kernel(params: list[Tensor], grads: list[Tensor]) -> Tensor:
+        with torch.no_grad():
+            return ops.normalized_axpby_(params, grads, -1e-6 * one, one)
+
+    return {
+        "SGD": clip_and_sgd,
+        "step": step,
+        "C": lambda: (library.step(runs, len(pieces), 1e-6), loop_params),  # which it keeps alive
+        "kernel": lambda: kernel(our_params, our_grads),
+        "lists": lambda: kernel(empty, empty),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
+    options = parser.parse_args()
+    if options.clock == "thread" and options.threads > 1:
+        parser.error(f"--clock thread sees one thread only, not {options.threads}")
+    if ops.backend("cpu") != "native":
+        parser.error(f"no compiled kernels: {ops.describe()['cpu']['reason']}")
+    torch.manual_seed(0)
+    clock = CLOCKS[options.clock]
+    print(f"torch {torch.__version__}, {options.threads} threads, {options.rounds} rounds, {options.clock} clock\n")
+    print("| parameters | SGD ms | step ms | kernel ms | lists ms | C ms | C GB/s | SGD / step | SGD / C | step / C |")
+    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
+    with tempfile.TemporaryDirectory() as folder:
+        library = compiled_loop(Path(folder))
+        # Both torch and the loop use OpenMP, each possibly a copy of its own.
+        library.omp_set_num_threads(options.threads)
+        torch.set_num_threads(options.threads)
+        for name, make in SIZES.items():
+            tensors = make()
+            elements = sum(tensor.numel() for tensor in tensors)
+            calls = ways(tensors, library)
+            rounds = [_round(calls, clock) for _ in range(3 + options.rounds * (20 if elements < 1e6 else 1))][3:]
+            medians = {way: 1e3 * statistics.median(each[way] for each in rounds) for way in calls}
+            ratios = [
+                statistics.median(each[above] / each[below] for each in rounds)
+                for above, below in (("SGD", "step"), ("SGD", "C"), ("step", "C"))
+            ]
+            times = [f"{medians[way]:.3f}" for way in ("SGD", "step", "kernel", "lists", "C")]
+            speed = f"{BYTES * elements / medians['C'] / 1e6:.1f}"
+            print(f"| {' | '.join([name, *times, speed, *(f'{ratio:.2f}' for ratio in ratios)])} |", flush=True)
+
+
+def _round(calls: dict[str, Callable[[], object]], clock: Callable[[], float]) -> dict[str, float]:
+    seconds = {}
+    for way, call in calls.items():
+        start = clock()
+        call()
+        seconds[way] = clock() - start
+    return seconds
+
+
+if __name__ == "__main__":
+    main()
