@@ -25,7 +25,7 @@ TYPICAL = 5
 
 @dataclass(frozen=True)
 class Reading:
-    """A value of λ₁, followed until it settled (TRACKED) or its time was up (BUDGET): then it is a lower bound."""
+    """A value of λ₁, followed until it settled (TRACKED) or its products were spent (BUDGET): then a lower bound."""
 
     value: float
     status: Status
@@ -36,14 +36,15 @@ class Follower:
     """Measures λ₁ of an objective at the present parameters, at most every so many steps and share of the time.
 
     Each measurement is a Lanczos run that starts from the vector where the last one ended, with nothing random in it,
-    so that a few products do, and nothing bounds λ₁ from above; the first starts at random. One whose time is up ends
-    with the Rayleigh quotient that it has, and the next one goes on from there.
+    so that a few products do, and nothing bounds λ₁ from above; the first starts at random and takes more. None is cut
+    short by the clock, as half a run tells nothing of λ₁: what one takes beyond the share, later ones wait for.
 
     Args:
         objective: f; or a function that makes it anew for each measurement, which a model with statistics in its
             buffers (batch normalisation) needs, as an objective copies them.
         every: steps between measurements, at least.
-        share: of all time since the first step that may be spent here; a measurement that would exceed it waits.
+        share: of all time since the first step that may be spent here; a measurement that would exceed it waits, but
+            for the first.
     """
 
     def __init__(self, objective: Objective | Callable[[], Objective], every: int, share: float) -> None:
@@ -65,8 +66,8 @@ class Follower:
             self._began = now
         if step < self._next:
             return None
-        allowed = math.inf if math.isinf(self.share) else self.share * (now - self._began) - self.spent
-        if self._team.anywhere(lambda: allowed <= self._expected):
+        allowed = self.share * (now - self._began) - self.spent
+        if self._last is not None and self._team.anywhere(lambda: allowed <= self._expected):
             return None
         self._next = (step // self.every + 1) * self.every
         f = self._objective if isinstance(self._objective, Objective) else self._objective()
@@ -74,9 +75,7 @@ class Follower:
         if missing:
             raise UsageError(f"objective= has the parameter {missing[0]!r}, and the tracked model has not")
         try:
-            self._last = self._follow(
-                f.at(f.layout.flatten([parameters[name] for name in f.layout.names])), now + allowed
-            )
+            self._last = self._follow(f.at(f.layout.flatten([parameters[name] for name in f.layout.names])))
         except NonFiniteError:
             return None
         finally:
@@ -87,7 +86,7 @@ class Follower:
     def _team(self) -> Team:
         return self._objective.team if isinstance(self._objective, Objective) else Team.of(None)
 
-    def _follow(self, f: Objective, end: float) -> Reading:
+    def _follow(self, f: Objective) -> Reading:
         start = None if self._last is None else self._last.vector.to(f.device, f.dtype)
         status = Status.BUDGET
         with Krylov.of(f, 0, "tracker", start=start, fresh=1.0 if start is None else 0.0) as krylov:
@@ -98,10 +97,7 @@ class Follower:
                 if krylov.settled(RTOL * abs(float(krylov.ritz()[0][-1]))):
                     status = Status.TRACKED
                     break
-                if f.team.anywhere(lambda: time.perf_counter() + each > end):  # noqa: B023
-                    break
-            # The first product of the first measurement chooses how to take the others, and counts for nothing here.
-            self._expected = TYPICAL * each if krylov.steps > 1 else 0.0
+            self._expected = TYPICAL * each
             values, vectors = krylov.ritz()
             return Reading(float(values[-1]), status, krylov.vectors(vectors[:, -1:])[0])
 

@@ -78,14 +78,14 @@ def _drifts(axes: Axes, steps: Sequence[int], history: Columns, names: Sequence[
 
 
 def _edge(axes: Axes, steps: Sequence[int], history: Columns, name: str) -> None:
-    """Draw η·λ₁ with the limit 2, or λ₁ alone where no η is known; what was cut short by the clock is hollow."""
+    """Draw η·λ₁ with the limit 2, or λ₁ alone where no η is known; what did not settle is hollow."""
     rows = [
         (step, value, status)
         for step, value, status in zip(steps, history[name], history["sharpness_status"], strict=True)
         if value is not None and math.isfinite(value)
     ]
     axes.plot([row[0] for row in rows], [row[1] for row in rows], color=BLUE, linewidth=1.6)
-    for settled, face, label in ((True, BLUE, "settled"), (False, "white", "cut short: at least this")):
+    for settled, face, label in ((True, BLUE, "settled"), (False, "white", "not settled: at least this")):
         part = [row for row in rows if (row[2] != "BUDGET") == settled]
         if part:
             x, y = [row[0] for row in part], [row[1] for row in part]
