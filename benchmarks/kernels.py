@@ -1,6 +1,6 @@
 """Time every kernel against its torch twin, and against what one would write in plain float32 torch.
 
-    python benchmarks/kernels.py [--device cpu] [--threads 1] [--rounds 15]
+    python -m benchmarks.kernels [--device cpu] [--threads 1] [--rounds 15]
 
 The three run in turn, round by round, so that a busy moment hits all of them; ms are medians over the rounds and the
 ratio is the median of the ratios of each round. GB/s counts the bytes that the compiled kernel has to move.
@@ -84,6 +84,40 @@ def lists(name: str, x: list[Tensor]) -> Iterator[Case]:
         lambda: torch.ops.torchflat.axpy_(wide, x, 1e-3),
         lambda: reference.axpy_(wide, x, 1e-3),
         lambda: torch._foreach_add_(y, x, alpha=1e-3),
+    )
+    alpha, beta = (torch.full((1,), factor, dtype=torch.float64, device=x[0].device) for factor in (1e-3, 0.999))
+
+    def shrink_and_add() -> None:
+        torch._foreach_mul_(y, 0.999)
+        torch._foreach_add_(y, x, alpha=1e-3)
+
+    def step() -> None:
+        torch._foreach_mul_(y, 0.999)
+        torch._foreach_add_(y, x, alpha=1e-3 / torch.stack(torch._foreach_norm(x)).norm().item())
+
+    yield Case(
+        "norms",
+        size,
+        4 * elements,
+        lambda: torch.ops.torchflat.norms(x),
+        lambda: reference.norms(x),
+        lambda: torch.stack(torch._foreach_norm(x)),
+    )
+    yield Case(
+        "axpby_",
+        size,
+        12 * elements,
+        lambda: torch.ops.torchflat.axpby_(y, x, alpha, beta),
+        lambda: reference.axpby_(y, x, alpha, beta),
+        shrink_and_add,
+    )
+    yield Case(
+        "normalized_axpby_",
+        size,
+        16 * elements,
+        lambda: torch.ops.torchflat.normalized_axpby_(y, x, alpha, beta),
+        lambda: reference.normalized_axpby_(y, x, alpha, beta),
+        step,
     )
 
 

@@ -6,7 +6,8 @@ All run in turn, round by round, so that a busy moment hits all of them; ms are 
 medians of the ratios of each round. `SGD / step` compares clip_grad_norm_ and SGD, both foreach, with a step; `SGD / C`
 is what this could be at most, for the loop has nothing around it: no lists of tensors, no Python. What a step costs
 besides: `kernel` is its one call of a compiled kernel, `lists` the part of that which hands over the tensors (a call on
-as many empty ones); the rest of a step is Python's. GB/s are those of the C loop.
+as many empty ones), and `idle` a step of a torch.optim.Optimizer that looks at its gradients and does nothing. GB/s are
+those of the C loop.
 
 On a machine that does other work too, `--clock thread` counts the time in which the one thread really ran.
 """
@@ -62,6 +63,8 @@ SIZES: dict[str, Callable[[], list[Tensor]]] = {
     "ResNet-18": lambda: [torch.randn(p.shape) for p in torchvision.models.resnet18().parameters()],
     "ViT-B/16": lambda: [torch.randn(p.shape) for p in torchvision.models.vit_b_16().parameters()],
 }
+SHOWN = ("SGD", "step", "kernel", "lists", "idle", "C")
+RATIOS = (("SGD", "step"), ("SGD", "C"), ("step", "C"))
 CLOCKS = {"wall": time.perf_counter, "thread": time.thread_time}
 
 
@@ -69,6 +72,16 @@ class Run(ctypes.Structure):
     """A run of elements of one tensor, as the C loop takes it."""
 
     _fields_ = (("x", ctypes.c_void_p), ("g", ctypes.c_void_p), ("count", ctypes.c_int64))
+
+
+class Idle(torch.optim.Optimizer):
+    """An optimizer that does no more than every optimizer does."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Look at the gradients."""
+        grads = [grad for group in self.param_groups for p in group["params"] if (grad := p.grad) is not None]
+        assert not any(grad.is_sparse for grad in grads)
 
 
 def compiled_loop(folder: Path) -> ctypes.CDLL:
@@ -121,6 +134,7 @@ def ways(tensors: list[Tensor], library: ctypes.CDLL) -> dict[str, Callable[[], 
         "SGD": clip_and_sgd,
         "step": step,
         "C": lambda: (library.step(runs, len(pieces), 1e-6), loop_params),  # which it keeps alive
+        "idle": Idle(our_params, {}).step,
         "kernel": lambda: kernel(our_params, our_grads),
         "lists": lambda: kernel(empty, empty),
     }
@@ -139,8 +153,8 @@ def main() -> None:
     torch.manual_seed(0)
     clock = CLOCKS[options.clock]
     print(f"torch {torch.__version__}, {options.threads} threads, {options.rounds} rounds, {options.clock} clock\n")
-    print("| parameters | SGD ms | step ms | kernel ms | lists ms | C ms | C GB/s | SGD / step | SGD / C | step / C |")
-    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
+    columns = ["parameters", *(f"{way} ms" for way in SHOWN), "C GB/s", *(" / ".join(ratio) for ratio in RATIOS)]
+    print(f"| {' | '.join(columns)} |\n|---|{'--:|' * (len(columns) - 1)}")
     with tempfile.TemporaryDirectory() as folder:
         library = compiled_loop(Path(folder))
         # Both torch and the loop use OpenMP, each possibly a copy of its own.
@@ -152,11 +166,8 @@ def main() -> None:
             calls = ways(tensors, library)
             rounds = [_round(calls, clock) for _ in range(3 + options.rounds * (20 if elements < 1e6 else 1))][3:]
             medians = {way: 1e3 * statistics.median(each[way] for each in rounds) for way in calls}
-            ratios = [
-                statistics.median(each[above] / each[below] for each in rounds)
-                for above, below in (("SGD", "step"), ("SGD", "C"), ("step", "C"))
-            ]
-            times = [f"{medians[way]:.3f}" for way in ("SGD", "step", "kernel", "lists", "C")]
+            ratios = [statistics.median(each[above] / each[below] for each in rounds) for above, below in RATIOS]
+            times = [f"{medians[way]:.3f}" for way in SHOWN]
             speed = f"{BYTES * elements / medians['C'] / 1e6:.1f}"
             print(f"| {' | '.join([name, *times, speed, *(f'{ratio:.2f}' for ratio in ratios)])} |", flush=True)
 
