@@ -1,0 +1,266 @@
+"""What ``benchmarks.optimizers`` has on file: which settings won, a table, verdicts, a figure."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.records import Record
+from benchmarks.training import CONTENDERS, TASKS, Setting
+from benchmarks.verdicts import Verdict
+
+__all__ = ["Endings", "report"]
+
+COLUMNS = (
+    *("optimizer", "setting", "gradients", "train loss", "test metric", "λ₁", "width", "λ₁★", "λ₁/λ₁★"),
+    *("imbalance", "norm", "ms a step", "× SGD", "seconds"),
+)
+OURS = ("ngd", "ngd-cooldown")
+OTHERS = ("sgd", "adam", "sam")
+# Okabe and Ito's colours, told apart by most people with colour-blindness; each contender has its own marker too.
+LOOKS = {
+    "sgd": ("#000000", "o"),
+    "adam": ("#E69F00", "s"),
+    "sam": ("#56B4E9", "^"),
+    "ngd": ("#D55E00", "D"),
+    "ngd-cooldown": ("#009E73", "v"),
+    "sgd-cooldown": ("#999999", "P"),
+    "sam-half": ("#0072B2", "X"),
+}
+
+
+class Endings:
+    """Records of runs, of the curvature at their ends, and of the times of steps, looked up by what was asked."""
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self.records = records
+
+    def chosen(self, network: str, contender: str) -> dict[str, Any] | None:
+        """Return the setting with the best metric on held-out rows with seed 0: None if nothing ended well."""
+        source = CONTENDERS[contender].tuned_as or contender
+        tried = [each for each in self._runs(network, source) if each["setting"]["seed"] == 0]
+        ended = [each for each in tried if each["status"] == "finished"]
+        return without(min(ended, key=value)["setting"], "seed") if ended else None
+
+    def tried(self, network: str, contender: str) -> list[Record]:
+        """Return the runs with seed 0, whatever their setting."""
+        return [each for each in self._runs(network, contender) if each["setting"]["seed"] == 0]
+
+    def runs(self, network: str, contender: str) -> list[Record]:
+        """Return the runs of the chosen setting that ended well, by seed."""
+        setting = self.chosen(network, contender)
+        own = [each for each in self._runs(network, contender) if without(each["setting"], "seed") == setting]
+        return sorted((each for each in own if each["status"] == "finished"), key=seed)
+
+    def ends(self, network: str, contender: str) -> list[Record]:
+        """Return the curvature at the ends of these runs, by seed."""
+        setting = self.chosen(network, contender)
+        found = [each for each in self._of(network, "curvature") if each["method"] == contender]
+        return sorted((each for each in found if without(each["setting"], "seed", "measure") == setting), key=seed)
+
+    def steps(self, network: str) -> Record | None:
+        """Return the times of steps."""
+        return next(iter(self._of(network, "steps")), None)
+
+    def networks(self) -> list[str]:
+        """Return the names of the networks that were trained."""
+        return [name for name in TASKS if self._of(name, "run")]
+
+    def _runs(self, network: str, contender: str) -> list[Record]:
+        return [each for each in self._of(network, "run") if each["method"] == contender]
+
+    def _of(self, network: str, measure: str) -> list[Record]:
+        here = [each for each in self.records if each["network"] == network]
+        return [each for each in here if each["setting"].get("measure", "run") == measure]
+
+
+def value(record: Record) -> float:
+    return float(record["value"])
+
+
+def seed(record: Record) -> int:
+    return int(record["setting"]["seed"])
+
+
+def without(setting: Setting, *names: str) -> dict[str, Any]:
+    return {name: each for name, each in setting.items() if name not in names}
+
+
+# Table ----------------------------------------------------------------------------------------------------------------
+
+
+def report(records: Sequence[Record], file: Path) -> str:
+    """Write the records to ``file``, table and figure beside it, and return the table."""
+    endings = Endings(records)
+    if not endings.networks():
+        return "nothing measured"
+    lines = [*machine(records), ""]
+    for network in endings.networks():
+        lines += [f"## {network}", "", *table(endings, network), "", *grid(endings, network), ""]
+    lines += ["## Verdicts", "", "| NormalizedGD against others | asked | measured | verdict |", "|---|--:|--:|---|"]
+    lines += [verdict.line for network in endings.networks() for verdict in verdicts(endings, network)]
+    text = "\n".join(lines)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("[\n" + ",\n".join(json.dumps(each) for each in records) + "\n]\n")
+    file.with_suffix(".md").write_text(text + "\n")
+    draw(endings, file)
+    return text
+
+
+def machine(records: Sequence[Record]) -> Iterator[str]:
+    newest = max(records, key=lambda each: str(each["date"]))
+    used = {name: newest["versions"].get(name) for name in ("torchflat", "torch", "pytorch-optimizer")}
+    versions = ", ".join(f"{name} {version}" for name, version in used.items() if version)
+    kernels = "compiled kernels" if newest["kernels"] == "native" else "no compiled kernels: torch's foreach"
+    yield f"{newest['processor']}, threads: {newest['default_threads']}; {versions}; {kernels}."
+    yield f"Measured from {min(each['date'] for each in records)} to {newest['date']}."
+    yield ""
+    yield (
+        "Mean ± standard deviation over the seeds. λ₁ of the loss on all rows trained on; width: of its interval, the "
+        "widest, relative to λ₁. λ₁★ and λ₁/λ₁★ on fewer rows. Imbalance: Σ|C| over all channels by the sum of "
+        "squares, from 0, balanced, to 1. Seconds of the processor, of a whole run; ms a step and × SGD were timed "
+        "in turn."
+    )
+
+
+def table(endings: Endings, network: str) -> Iterator[str]:
+    task, steps = TASKS[network], endings.steps(network)
+    orbits = [each["orbit"] for name in CONTENDERS for each in endings.ends(network, name)]
+    rows = endings.records[0]["rows"] if not orbits else orbits[0]["rows"]
+    yield f"Test metric: {task.metric_name}. λ₁★ on {rows} rows."
+    yield ""
+    yield f"| {' | '.join(COLUMNS)} |"
+    yield f"|{'|'.join('---' if each in COLUMNS[:2] else '--:' for each in COLUMNS)}|"
+    for name, contender in CONTENDERS.items():
+        runs, ends = endings.runs(network, name), endings.ends(network, name)
+        if not runs:
+            continue
+        widths = [(each["upper"] - each["lower"]) / each["value"] for each in ends]
+        timed = CONTENDERS[name].tuned_as or name
+        cells = [
+            contender.label,
+            told(endings.chosen(network, name) or {}),
+            f"{runs[0]['gradients']}",
+            spread(runs, lambda each: each["train_loss"]),
+            spread(runs, lambda each: each["test"]),
+            spread(ends, value),
+            f"{100 * max(widths):.1f} %" if widths else "",
+            spread(ends, lambda each: each["orbit"]["value"]),
+            spread(ends, headroom),
+            spread(ends, lambda each: each["imbalance"]),
+            spread(ends, lambda each: each["norm"]),
+            f"{steps['milliseconds'][timed]:.1f}" if steps and timed in steps["milliseconds"] else "",
+            f"{steps['ratios'][timed]:.2f}" if steps and timed in steps["ratios"] else "",
+            f"{statistics.fmean(each['seconds'] for each in runs):.1f}",
+        ]
+        yield f"| {' | '.join(cells)} |"
+
+
+def headroom(end: Record) -> float:
+    return float(end["orbit"]["before"] / end["orbit"]["value"])
+
+
+def spread(records: Sequence[Record], of: Callable[[Record], float]) -> str:
+    """Return mean ± standard deviation, to three digits of the mean."""
+    if not records:
+        return ""
+    values = [of(each) for each in records]
+    deviation = f" ± {statistics.stdev(values):.1g}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3g}{deviation}"
+
+
+def told(setting: Setting) -> str:
+    symbols = {"rho": "ρ"}
+    return ", ".join(f"{symbols.get(name, name)} {each:g}" for name, each in setting.items())
+
+
+def grid(endings: Endings, network: str) -> Iterator[str]:
+    """Show what was tried, and the held-out metric of each setting."""
+    yield "| tried with seed 0 | held-out metric, by setting (**chosen**) |"
+    yield "|---|---|"
+    for name, contender in CONTENDERS.items():
+        if contender.tuned_as is None and endings.tried(network, name):
+            chosen = endings.chosen(network, name)
+            yield f"| {contender.label} | {'; '.join(one(each, chosen) for each in endings.tried(network, name))} |"
+
+
+def one(run: Record, chosen: Setting | None) -> str:
+    setting = without(run["setting"], "seed")
+    text = f"{told(setting)}: {'diverged' if run['value'] is None else format(run['value'], '.3g')}"
+    return f"**{text}**" if setting == chosen else text
+
+
+# Verdicts -------------------------------------------------------------------------------------------------------------
+
+
+def verdicts(endings: Endings, network: str) -> Iterator[Verdict]:
+    """Yield how NormalizedGD does by the medians over the seeds, as ratios: at most 1 is as good or better."""
+    kinds: Mapping[str, tuple[Callable[[str, str], list[Record]], Callable[[Record], float]]] = {
+        "λ₁": (endings.ends, value),
+        "λ₁★": (endings.ends, lambda each: each["orbit"]["value"]),
+        "train loss": (endings.runs, lambda each: each["train_loss"]),
+        "test metric": (endings.runs, lambda each: each["test"]),
+    }
+    for own in OURS:
+        for kind, (records, of) in kinds.items():
+            for other in OTHERS:
+                claim = f"{network}: {kind} of {CONTENDERS[own].label} / {CONTENDERS[other].label}"
+                yield Verdict(claim, 1.0, ratio(records(network, own), records(network, other), of), at_least=False)
+    steps = endings.steps(network)
+    for other in ("sgd", "sam"):
+        ratios = {} if steps is None else steps["ratios"]
+        measured = ratios["ngd"] / ratios[other] if {"ngd", other} <= set(ratios) else None
+        yield Verdict(f"{network}: time of a step of NormalizedGD / {CONTENDERS[other].label}", 1.1, measured, False)
+
+
+def ratio(own: Sequence[Record], other: Sequence[Record], of: Callable[[Record], float]) -> float | None:
+    if not own or not other:
+        return None
+    return statistics.median(map(of, own)) / statistics.median(map(of, other))
+
+
+# Figure ---------------------------------------------------------------------------------------------------------------
+
+
+def draw(endings: Endings, file: Path) -> None:
+    """Write ``.png`` and ``.svg``: for each network the loss by epoch, and λ₁ and λ₁★ beside the test metric."""
+    networks = endings.networks()
+    figure = Figure(figsize=(11, 4.2 * len(networks) + 0.6), layout="constrained")
+    panels = figure.subplots(len(networks), 2, squeeze=False)
+    for network, (left, right) in zip(networks, panels, strict=True):
+        curves(left, endings, network)
+        scatter(right, endings, network)
+        left.set_title(network, loc="left")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    for suffix in (".png", ".svg"):
+        figure.savefig(file.with_suffix(suffix), dpi=150)
+
+
+def curves(panel: Axes, endings: Endings, network: str) -> None:
+    """Draw the mean loss of each epoch, over the seeds."""
+    for name, contender in CONTENDERS.items():
+        runs = endings.runs(network, name)
+        if runs:
+            color, marker = LOOKS[name]
+            losses = [statistics.fmean(each) for each in zip(*(run["losses"] for run in runs), strict=True)]
+            panel.plot(range(1, len(losses) + 1), losses, color=color, marker=marker, ms=5, label=contender.label)
+    panel.set(yscale="log", xlabel="epoch", ylabel="training loss, mean of the epoch")
+
+
+def scatter(panel: Axes, endings: Endings, network: str) -> None:
+    """Draw λ₁ (full) and λ₁★ (hollow, below it) of each seed at its test metric."""
+    for name in CONTENDERS:
+        color, marker = LOOKS[name]
+        tests = {seed(run): run["test"] for run in endings.runs(network, name)}
+        for end in endings.ends(network, name):
+            at = tests[seed(end)]
+            panel.plot(at, end["value"], marker, color=color, ms=7)
+            panel.plot(at, end["orbit"]["value"], marker, color=color, ms=7, mfc="none")
+    panel.set(yscale="log", xlabel=TASKS[network].metric_name, ylabel="λ₁ (full), λ₁★ (hollow)")
