@@ -54,9 +54,12 @@ class Endings:
 
     def runs(self, network: str, contender: str) -> list[Record]:
         """Return the runs of the chosen setting that ended well, by seed."""
-        setting = self.chosen(network, contender)
-        own = [each for each in self._runs(network, contender) if without(each["setting"], "seed") == setting]
-        return sorted((each for each in own if each["status"] == "finished"), key=seed)
+        own = [each for each in self._of_chosen(network, contender) if each["status"] == "finished"]
+        return sorted(own, key=seed)
+
+    def diverged(self, network: str, contender: str) -> int:
+        """Return with how many seeds the chosen setting diverged."""
+        return sum(each["status"] == "diverged" for each in self._of_chosen(network, contender))
 
     def ends(self, network: str, contender: str) -> list[Record]:
         """Return the curvature at the ends of these runs, by seed."""
@@ -74,6 +77,10 @@ class Endings:
 
     def _runs(self, network: str, contender: str) -> list[Record]:
         return [each for each in self._of(network, "run") if each["method"] == contender]
+
+    def _of_chosen(self, network: str, contender: str) -> list[Record]:
+        setting = self.chosen(network, contender)
+        return [each for each in self._runs(network, contender) if without(each["setting"], "seed") == setting]
 
     def _of(self, network: str, measure: str) -> list[Record]:
         here = [each for each in self.records if each["network"] == network]
@@ -144,7 +151,7 @@ def table(endings: Endings, network: str) -> Iterator[str]:
         widths = [(each["upper"] - each["lower"]) / each["value"] for each in ends]
         timed = CONTENDERS[name].tuned_as or name
         cells = [
-            contender.label,
+            contender.label + missing(endings, network, name),
             told(endings.chosen(network, name) or {}),
             f"{runs[0]['gradients']}",
             spread(runs, lambda each: each["train_loss"]),
@@ -160,6 +167,12 @@ def table(endings: Endings, network: str) -> Iterator[str]:
             f"{statistics.fmean(each['seconds'] for each in runs):.1f}",
         ]
         yield f"| {' | '.join(cells)} |"
+
+
+def missing(endings: Endings, network: str, contender: str) -> str:
+    """Return a note of the seeds with which the chosen setting diverged, if there are any."""
+    lost = endings.diverged(network, contender)
+    return f" ({lost} of {lost + len(endings.runs(network, contender))} seeds diverged)" if lost else ""
 
 
 def headroom(end: Record) -> float:

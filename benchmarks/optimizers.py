@@ -65,10 +65,11 @@ class Contest:
         """Time the steps of all, in turn."""
         self._measure("all", {"measure": "steps"})
 
-    def measure_ends(self) -> None:
-        """Measure the curvature at the end of each run of a chosen setting."""
+    def measure_ends(self, tuned: bool) -> None:
+        """Measure the curvature at the end of the runs of those who have a grid of their own, or of the others."""
+        chosen = {name: each for name, each in self._chosen().items() if (CONTENDERS[name].tuned_as is None) is tuned}
         for seed in range(self.seeds):
-            for name, setting in self._chosen().items():
+            for name, setting in chosen.items():
                 if self._measure(name, {**setting, "seed": seed})["status"] == "finished":
                     self._measure(name, {**setting, "seed": seed, "measure": "curvature"})
 
@@ -82,7 +83,7 @@ class Contest:
 
 
 def measure_all(options: argparse.Namespace, tasks: Sequence[Task], folder: Path) -> None:
-    """Measure every cell; runs before curvature, so that a table of the runs is there early."""
+    """Measure every cell, network by network, and at last the ends of those who are not tuned by themselves."""
     contenders = [name for name in CONTENDERS if installed(name)]
     if len(contenders) < len(CONTENDERS):
         print("not installed, left out: SAM: pip install pytorch-optimizer", file=sys.stderr)
@@ -99,10 +100,10 @@ def measure_all(options: argparse.Namespace, tasks: Sequence[Task], folder: Path
         contests = [Contest(cells, task, contenders, options.seeds) for task in tasks]
         for contest in contests:
             contest.train()
-        for contest in contests:
             contest.time_steps()
+            contest.measure_ends(tuned=True)
         for contest in contests:
-            contest.measure_ends()
+            contest.measure_ends(tuned=False)
 
 
 def main() -> None:

@@ -52,7 +52,7 @@ class OneGradient:
             self.optimizer.step()
             if self.scheduler is not None:
                 self.scheduler.step()
-        return float(value)
+        return value.item()
 
 
 class TwoGradients:
@@ -70,7 +70,7 @@ class TwoGradients:
             self.optimizer.first_step(zero_grad=True)
             loss().backward()
             self.optimizer.second_step()
-        return float(value)
+        return value.item()
 
 
 Loop = OneGradient | TwoGradients
@@ -333,7 +333,6 @@ class Trainer:
         found = laws(model, inputs[:1])
         some = slice(task.orbit_rows)
         g = Objective(model, task.loss, (inputs[some], targets[some]), memory="4GiB")
-        before = sharpness(g, task.rtol, seed=setting["seed"])
         orbit = flattest(g, found, rtol=2e-2, budget=200, seed=setting["seed"])
         return {
             "status": top.status.name,
@@ -342,7 +341,7 @@ class Trainer:
             "upper": top.upper,
             "orbit": {
                 "rows": g.rows,
-                "before": before.value,
+                "before": orbit.before.value,
                 "value": orbit.value,
                 "upper": orbit.recomputed.upper,
                 "lower": orbit.lower,
