@@ -3,7 +3,7 @@
 import runpy
 import sys
 
-ALL = "products", "microbatch", "kernels", "calibration", "pairs", "profile", "sharpness --quick"
+ALL = "products", "microbatch", "kernels", "calibration", "pairs", "profile", "sharpness --quick", "optimizers --quick"
 for name, *arguments in map(str.split, ALL):
     print(f"\n== {name}", flush=True)
     sys.argv[1:] = arguments

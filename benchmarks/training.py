@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-import itertools
 import math
 import statistics
 import time
@@ -160,6 +159,7 @@ class Task:
     build: Callable[[], nn.Module]
     data: Callable[[str, int, int], Rows]
     loss: nn.Module
+    loss_name: str
     metric: Callable[[Tensor, Tensor], float]
     metric_name: str
     rows: int
@@ -195,8 +195,8 @@ def rates(*values: float) -> tuple[Setting, ...]:
     return tuple({"lr": value} for value in values)
 
 
-def radii(rates: Iterable[float], values: Iterable[float]) -> tuple[Setting, ...]:
-    return tuple({"lr": lr, "rho": rho} for lr, rho in itertools.product(rates, values))
+def radii(*pairs: tuple[float, float]) -> tuple[Setting, ...]:
+    return tuple({"lr": lr, "rho": rho} for lr, rho in pairs)
 
 
 TASKS = {
@@ -205,6 +205,7 @@ TASKS = {
         build=digit_classifier,
         data=digits,
         loss=nn.CrossEntropyLoss(),
+        loss_name="cross-entropy, nats",
         metric=errors,
         metric_name="error on test images, %",
         rows=10_000,
@@ -217,7 +218,7 @@ TASKS = {
         grids={
             "sgd": rates(0.1, 0.3, 1.0),
             "adam": rates(1e-3, 3e-3, 1e-2, 3e-2),
-            "sam": radii((0.3, 1.0), (0.05, 0.2)),
+            "sam": radii((0.3, 0.05), (0.3, 0.2), (1.0, 0.05), (1.0, 0.2)),
             "ngd": rates(0.3, 1.0, 3.0),
             "ngd-cooldown": rates(0.3, 1.0, 3.0),
         },
@@ -227,6 +228,7 @@ TASKS = {
         build=functools.partial(denoiser_layers, 784),
         data=noisy,
         loss=nn.MSELoss(),
+        loss_name="squared error of a pixel",
         metric=squares,
         metric_name="squared error of a test pixel",
         rows=4000,
@@ -239,7 +241,7 @@ TASKS = {
         grids={
             "sgd": rates(0.25, 0.5, 1.0),
             "adam": rates(1e-4, 3e-4, 1e-3),
-            "sam": ({"lr": 0.5, "rho": 0.05}, {"lr": 1.0, "rho": 0.05}, {"lr": 1.0, "rho": 0.2}),
+            "sam": radii((0.5, 0.05), (1.0, 0.05), (1.0, 0.2)),
             "ngd": rates(0.3, 1.0, 3.0),
             "ngd-cooldown": rates(0.3, 1.0, 3.0),
         },
@@ -267,8 +269,8 @@ QUICK = {
 class Trainer:
     """Measures cells of the tasks given. The setting says what: a run, the curvature at its end, or times of steps.
 
-    Weights are kept in ``cache``. Seconds are of the processor, not of the clock: other work on the machine, and SAM's
-    second gradient or not, they tell what a step takes.
+    Weights are kept in ``cache``. Seconds are of the processor, not of the clock, so that other work on the machine
+    changes them little.
     """
 
     def __init__(self, tasks: Mapping[str, Task], cache: Path) -> None:

@@ -165,6 +165,7 @@ TINY = Task(
     build=network,
     data=rows,
     loss=nn.MSELoss(),
+    loss_name="squared error",
     metric=squares,
     metric_name="squared error",
     rows=40,
