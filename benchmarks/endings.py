@@ -12,8 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from benchmarks.contenders import CONTENDERS, Setting
 from benchmarks.records import Record
-from benchmarks.training import CONTENDERS, TASKS, Setting
+from benchmarks.training import TASKS
 from benchmarks.verdicts import Verdict
 
 __all__ = ["Endings", "report"]
@@ -131,9 +132,8 @@ def machine(records: Sequence[Record]) -> Iterator[str]:
     yield ""
     yield (
         "Mean ± standard deviation over the seeds. λ₁ of the loss on all rows trained on; width: of its interval, the "
-        "widest, relative to λ₁. Imbalance: Σ|C| over all channels by the sum of "
-        "squares, from 0, balanced, to 1. Seconds of the processor, of a whole run; ms a step and × SGD were timed "
-        "in turn."
+        "widest, relative to λ₁. Imbalance: Σ|C| over all channels by the sum of squares, from 0, balanced, to 1. "
+        "Seconds of the processor, of a whole run; ms a step and × SGD were timed in turn."
     )
 
 

@@ -38,9 +38,10 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.cells import Cell, Cells
+from benchmarks.contenders import CONTENDERS, Setting, installed
 from benchmarks.endings import Endings, report
 from benchmarks.records import Record
-from benchmarks.training import CONTENDERS, QUICK, TASKS, Setting, Task, Trainer, installed
+from benchmarks.training import QUICK, TASKS, Task, Trainer
 from torchflat.errors import TorchflatError
 
 HERE = Path(__file__).parent

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cells import Cell, Cells
+from benchmarks.contenders import CONTENDERS
 from benchmarks.endings import Endings, ratio, report, spread
 from benchmarks.optimizers import Contest
-from benchmarks.training import CONTENDERS, TASKS, Task, Trainer, imbalance, squares
+from benchmarks.training import TASKS, Task, Trainer, imbalance, squares
 from torchflat.symmetry import laws
 
 # Held-out metrics by learning rate; None where it diverges.
