@@ -23,6 +23,7 @@ COLUMNS = (
     *("optimizer", "setting", "gradients", "train loss", "test metric", "λ₁", "width", "λ₁★", "λ₁/λ₁★"),
     *("imbalance", "norm", "ms a step", "× SGD", "seconds"),
 )
+BLIND = 0.98  # share of the loss of a network that always answers the same, from which on a run is lost
 OURS = ("ngd", "ngd-cooldown")
 OTHERS = ("sgd", "adam", "sam")
 # Okabe and Ito's colours, told apart by most people with colour-blindness; each contender has its own marker too.
@@ -44,24 +45,30 @@ class Endings:
         self.records = records
 
     def chosen(self, network: str, contender: str) -> dict[str, Any] | None:
-        """Return the setting with the best metric on held-out rows with seed 0: None if nothing ended well."""
+        """Return the setting with the best metric on held-out rows with seed 0, of those that lose no seed.
+
+        A seed is lost that diverges, or ends with a network that always answers the same. None if all settings lose.
+        """
         source = CONTENDERS[contender].tuned_as or contender
-        tried = [each for each in self._runs(network, source) if each["setting"]["seed"] == 0]
-        ended = [each for each in tried if each["status"] == "finished"]
-        return without(min(ended, key=value)["setting"], "seed") if ended else None
+        kept = [each for each in self.tried(network, source) if not self.lost(network, source, each["setting"])]
+        return without(min(kept, key=value)["setting"], "seed") if kept else None
+
+    def lost(self, network: str, contender: str, setting: Setting) -> list[int]:
+        """Return the seeds that are lost with a setting, of those that ran."""
+        return sorted(seed(each) for each in self._with(network, contender, setting) if self._is_lost(each))
+
+    def _is_lost(self, run: Record) -> bool:
+        return run["status"] == "diverged" or run["train_loss"] >= BLIND * TASKS[run["network"]].blind_loss
 
     def tried(self, network: str, contender: str) -> list[Record]:
         """Return the runs with seed 0, whatever their setting."""
         return [each for each in self._runs(network, contender) if each["setting"]["seed"] == 0]
 
     def runs(self, network: str, contender: str) -> list[Record]:
-        """Return the runs of the chosen setting that ended well, by seed."""
-        own = [each for each in self._of_chosen(network, contender) if each["status"] == "finished"]
-        return sorted(own, key=seed)
-
-    def diverged(self, network: str, contender: str) -> int:
-        """Return with how many seeds the chosen setting diverged."""
-        return sum(each["status"] == "diverged" for each in self._of_chosen(network, contender))
+        """Return the runs of the chosen setting that are not lost, by seed."""
+        setting = self.chosen(network, contender)
+        own = [] if setting is None else self._with(network, contender, setting)
+        return sorted((each for each in own if not self._is_lost(each)), key=seed)
 
     def ends(self, network: str, contender: str) -> list[Record]:
         """Return the curvature at the ends of these runs, by seed."""
@@ -80,9 +87,9 @@ class Endings:
     def _runs(self, network: str, contender: str) -> list[Record]:
         return [each for each in self._of(network, "run") if each["method"] == contender]
 
-    def _of_chosen(self, network: str, contender: str) -> list[Record]:
-        setting = self.chosen(network, contender)
-        return [each for each in self._runs(network, contender) if without(each["setting"], "seed") == setting]
+    def _with(self, network: str, contender: str, setting: Setting) -> list[Record]:
+        asked = without(setting, "seed")
+        return [each for each in self._runs(network, contender) if without(each["setting"], "seed") == asked]
 
     def _of(self, network: str, measure: str) -> list[Record]:
         here = [each for each in self.records if each["network"] == network]
@@ -170,9 +177,9 @@ def table(endings: Endings, network: str) -> Iterator[str]:
 
 
 def missing(endings: Endings, network: str, contender: str) -> str:
-    """Return a note of the seeds with which the chosen setting diverged, if there are any."""
-    lost = endings.diverged(network, contender)
-    return f" ({lost} of {lost + len(endings.runs(network, contender))} seeds diverged)" if lost else ""
+    """Return a note of the seeds that are lost with a setting that was tuned on another contender."""
+    lost = endings.lost(network, contender, endings.chosen(network, contender) or {})
+    return f" (lost seed {', '.join(map(str, lost))})" if lost else ""
 
 
 def headroom(end: Record) -> float:
@@ -195,18 +202,21 @@ def told(setting: Setting) -> str:
 
 def grid(endings: Endings, network: str) -> Iterator[str]:
     """Show what was tried, and the held-out metric of each setting."""
-    yield "| tried with seed 0 | held-out metric, by setting (**chosen**) |"
+    yield "| tried with seed 0 | held-out metric, by setting (**chosen**; seeds lost: diverged, or always one answer) |"
     yield "|---|---|"
     for name, contender in CONTENDERS.items():
-        if contender.tuned_as is None and endings.tried(network, name):
-            chosen = endings.chosen(network, name)
-            yield f"| {contender.label} | {'; '.join(one(each, chosen) for each in endings.tried(network, name))} |"
+        tried = endings.tried(network, name) if contender.tuned_as is None else []
+        if tried:
+            yield f"| {contender.label} | {'; '.join(one(endings, network, name, each) for each in tried)} |"
 
 
-def one(run: Record, chosen: Setting | None) -> str:
+def one(endings: Endings, network: str, contender: str, run: Record) -> str:
     setting = without(run["setting"], "seed")
-    text = f"{told(setting)}: {'diverged' if run['value'] is None else format(run['value'], '.3g')}"
-    return f"**{text}**" if setting == chosen else text
+    text = told(setting) + ("" if run["value"] is None else f": {run['value']:.3g}")
+    lost = endings.lost(network, contender, setting)
+    if lost:
+        return f"{text} (lost seed {', '.join(map(str, lost))})"
+    return f"**{text}**" if setting == endings.chosen(network, contender) else text
 
 
 # Verdicts -------------------------------------------------------------------------------------------------------------

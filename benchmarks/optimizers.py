@@ -14,7 +14,8 @@ Rules. All have the same epochs, batches and initial weights, seed by seed; no m
 rates except where it says cool-down: there the rate falls to 0 over the last quarter of the steps. NormalizedGD has its
 default decay ¼. SAM, on top of SGD, takes two gradients a step; a second row gives it as many gradients as the others,
 in half of the epochs. Each has the best setting of its grid, which is the one with the best metric at the end of the
-run of seed 0, on training images that it has not seen (the 5 000 or 2 000 that follow):
+run of seed 0, on training images that it has not seen (the 5 000 or 2 000 that follow). A setting that loses another
+seed, which is to say diverges or ends with a network that always answers the same, gives way to the next best:
 
     digits    SGD lr 0.1, 0.3, 1; Adam lr 1e-3, 3e-3, 1e-2, 3e-2; SAM lr 0.3, 1 × ρ 0.05, 0.2;
               NormalizedGD lr 0.3, 1, 3, with and without cool-down
@@ -58,9 +59,11 @@ class Contest:
         for name in self.contenders:
             for setting in self.task.grids.get(name, ()):
                 self._measure(name, {**setting, "seed": 0})
-        for name, setting in self._chosen().items():
-            for seed in range(self.seeds):
-                self._measure(name, {**setting, "seed": seed})
+        chosen: dict[str, Setting] = {}
+        while chosen != (chosen := self._chosen()):  # one that loses a seed gives way to the next
+            for name, setting in chosen.items():
+                for seed in range(self.seeds):
+                    self._measure(name, {**setting, "seed": seed})
 
     def time_steps(self) -> None:
         """Time the steps of all, in turn."""
@@ -71,14 +74,17 @@ class Contest:
         chosen = {name: each for name, each in self._chosen().items() if (CONTENDERS[name].tuned_as is None) is tuned}
         for seed in range(self.seeds):
             for name, setting in chosen.items():
-                if self._measure(name, {**setting, "seed": seed})["status"] == "finished":
+                if seed not in self._endings().lost(self.task.name, name, setting):
                     self._measure(name, {**setting, "seed": seed, "measure": "curvature"})
 
     def _measure(self, name: str, setting: Setting) -> Record:
         return self.cells.measure(Cell(self.task.name, self.task.rows, name, dict(setting)))
 
+    def _endings(self) -> Endings:
+        return Endings(self.cells.all())
+
     def _chosen(self) -> dict[str, Setting]:
-        endings = Endings([each for each in self.cells.all() if each["network"] == self.task.name])
+        endings = self._endings()
         found = {name: endings.chosen(self.task.name, name) for name in self.contenders}
         return {name: setting for name, setting in found.items() if setting is not None}
 

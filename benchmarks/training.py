@@ -62,6 +62,7 @@ class Task:
     loss_name: str
     metric: Callable[[Tensor, Tensor], float]
     metric_name: str
+    blind_loss: float  # of a network that always answers the same
     rows: int
     held_out: int
     test_rows: int
@@ -108,6 +109,7 @@ TASKS = {
         loss_name="cross-entropy, nats",
         metric=errors,
         metric_name="error on test images, %",
+        blind_loss=math.log(10),
         rows=10_000,
         held_out=5000,
         test_rows=10_000,
@@ -131,6 +133,7 @@ TASKS = {
         loss_name="squared error of a pixel",
         metric=squares,
         metric_name="squared error of a test pixel",
+        blind_loss=0.112,
         rows=4000,
         held_out=2000,
         test_rows=5000,
