@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from benchmarks.contenders import CONTENDERS, Setting
 from benchmarks.records import Record
 from benchmarks.training import TASKS
-from benchmarks.verdicts import Verdict
 
 __all__ = ["Endings", "report"]
 
@@ -119,8 +119,7 @@ def report(records: Sequence[Record], file: Path) -> str:
     lines = [*machine(records), ""]
     for network in endings.networks():
         lines += [f"## {network}", "", *table(endings, network), "", *grid(endings, network), ""]
-    lines += ["## Verdicts", "", "| NormalizedGD against others | asked | measured | verdict |", "|---|--:|--:|---|"]
-    lines += [verdict.line for network in endings.networks() for verdict in verdicts(endings, network)]
+    lines += ["## NormalizedGD beside the others", "", *verdicts(endings)]
     text = "\n".join(lines)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("[\n" + ",\n".join(json.dumps(each) for each in records) + "\n]\n")
@@ -222,30 +221,34 @@ def one(endings: Endings, network: str, contender: str, run: Record) -> str:
 # Verdicts -------------------------------------------------------------------------------------------------------------
 
 
-def verdicts(endings: Endings, network: str) -> Iterator[Verdict]:
-    """Yield how NormalizedGD does by the medians over the seeds, as ratios: at most 1 is as good or better."""
-    kinds: Mapping[str, tuple[Callable[[str, str], list[Record]], Callable[[Record], float]]] = {
-        "λ₁": (endings.ends, value),
-        "λ₁★": (endings.ends, lambda each: each["orbit"]["value"]),
-        "train loss": (endings.runs, lambda each: each["train_loss"]),
-        "test metric": (endings.runs, lambda each: each["test"]),
-    }
-    for own in OURS:
-        for kind, (records, of) in kinds.items():
-            for other in OTHERS:
-                claim = f"{network}: {kind} of {CONTENDERS[own].label} / {CONTENDERS[other].label}"
-                yield Verdict(claim, 1.0, ratio(records(network, own), records(network, other), of), at_least=False)
-    steps = endings.steps(network)
-    for other in ("sgd", "sam"):
-        ratios = {} if steps is None else steps["ratios"]
-        measured = ratios["ngd"] / ratios[other] if {"ngd", other} <= set(ratios) else None
-        yield Verdict(f"{network}: time of a step of NormalizedGD / {CONTENDERS[other].label}", 1.1, measured, False)
+def verdicts(endings: Endings) -> Iterator[str]:
+    """Show how NormalizedGD does beside each of the others: ratios, of which at most 1 is as good or better."""
+    yield "Ratios of medians over the seeds; at most 1 is as good or better."
+    yield ""
+    yield f"| network | ratio | {' | '.join(MEASURES)} | time of a step | as good or better in |"
+    yield f"|---|---|{'--:|' * (len(MEASURES) + 1)}---|"
+    for network, own, other in itertools.product(endings.networks(), OURS, OTHERS):
+        ratios = {kind: ratio(of(endings, network, own), of(endings, network, other)) for kind, of in MEASURES.items()}
+        steps = endings.steps(network)
+        times = {} if steps is None else steps["ratios"]
+        ratios["time of a step"] = times[own] / times[other] if {own, other} <= set(times) else None
+        shown = " | ".join("" if each is None else f"{each:.2f}" for each in ratios.values())
+        known = [kind for kind, each in ratios.items() if each is not None]
+        good = ", ".join(kind for kind in known if ratios[kind] <= 1) or ("nothing" if known else "not measured")
+        yield f"| {network} | {CONTENDERS[own].label} / {CONTENDERS[other].label} | {shown} | {good} |"
 
 
-def ratio(own: Sequence[Record], other: Sequence[Record], of: Callable[[Record], float]) -> float | None:
-    if not own or not other:
-        return None
-    return statistics.median(map(of, own)) / statistics.median(map(of, other))
+def ratio(own: Sequence[float], other: Sequence[float]) -> float | None:
+    """Return the ratio of the medians, None if one side has not been measured."""
+    return statistics.median(own) / statistics.median(other) if own and other else None
+
+
+MEASURES: dict[str, Callable[[Endings, str, str], list[float]]] = {
+    "λ₁": lambda endings, *who: [value(each) for each in endings.ends(*who)],
+    "λ₁★": lambda endings, *who: [each["orbit"]["value"] for each in endings.ends(*who)],
+    "train loss": lambda endings, *who: [each["train_loss"] for each in endings.runs(*who)],
+    "test metric": lambda endings, *who: [each["test"] for each in endings.runs(*who)],
+}
 
 
 # Figure ---------------------------------------------------------------------------------------------------------------
@@ -267,15 +270,16 @@ def draw(endings: Endings, file: Path) -> None:
 
 
 def curves(panel: Axes, endings: Endings, network: str) -> None:
-    """Draw the mean loss of each epoch, over the seeds."""
+    """Draw the mean loss of each epoch, over the seeds; not of the first, which would dwarf the others."""
     for name, contender in CONTENDERS.items():
         runs = endings.runs(network, name)
         if runs:
             color, marker = LOOKS[name]
             losses = [statistics.fmean(each) for each in zip(*(run["losses"] for run in runs), strict=True)]
-            panel.plot(range(1, len(losses) + 1), losses, color=color, marker=marker, ms=5, label=contender.label)
-    panel.set(yscale="log", xlabel="epoch", ylabel=f"training loss ({TASKS[network].loss_name})")
+            panel.plot(range(2, len(losses) + 1), losses[1:], color=color, marker=marker, ms=5, label=contender.label)
+    panel.set(yscale="log", xlabel="epoch, from the second on", ylabel=f"training loss ({TASKS[network].loss_name})")
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    plain_ticks(panel)
 
 
 def scatter(panel: Axes, endings: Endings, network: str) -> None:
@@ -290,3 +294,11 @@ def scatter(panel: Axes, endings: Endings, network: str) -> None:
             panel.plot(at, end["value"], marker, color=color, ms=7)
             panel.plot(at, star, marker, color=color, ms=7, mfc="none")
     panel.set(yscale="log", xlabel=TASKS[network].metric_name, ylabel="λ₁ (full), and after rescaling (hollow)")
+    plain_ticks(panel)
+
+
+def plain_ticks(panel: Axes) -> None:
+    """Write 0.06, not 6 × 10⁻²."""
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 4, 6)))
+    panel.yaxis.set_minor_formatter("{x:g}")
