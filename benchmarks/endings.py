@@ -300,5 +300,5 @@ def scatter(panel: Axes, endings: Endings, network: str) -> None:
 def plain_ticks(panel: Axes) -> None:
     """Write 0.06, not 6 × 10⁻²."""
     panel.yaxis.set_major_formatter("{x:g}")
-    panel.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 4, 6)))
+    panel.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 4, 5, 6, 8)))
     panel.yaxis.set_minor_formatter("{x:g}")
