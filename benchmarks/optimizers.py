@@ -19,7 +19,7 @@ seed, which is to say diverges or ends with a network that always answers the sa
 
     digits    SGD lr 0.1, 0.3, 1; Adam lr 1e-3, 3e-3, 1e-2, 3e-2; SAM lr 0.3, 1 × ρ 0.05, 0.2;
               NormalizedGD lr 0.3, 1, 3, with and without cool-down
-    denoiser  SGD lr 0.25, 0.5, 1; Adam lr 1e-4, 3e-4, 1e-3; SAM lr, ρ = 0.5, 0.05; 1, 0.05; 1, 0.2;
+    denoiser  SGD lr 0.25, 0.5, 1; Adam lr 1e-4, 3e-4, 1e-3; SAM lr 0.5, 1 × ρ 0.05, 0.2;
               NormalizedGD lr 0.3, 1, 3, with and without cool-down
 
 SGD with cool-down takes SGD's best, SAM in half of the epochs SAM's. λ₁ is of the loss on all rows trained on, with an

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks import training
 from benchmarks.cells import Cell, Cells
 from benchmarks.contenders import CONTENDERS
 from benchmarks.endings import Endings, ratio, report, spread
@@ -296,6 +297,17 @@ def test_steps_are_timed_in_turn_and_told_in_those_of_sgd(tmp_path: Path) -> Non
     assert found["ratios"]["sgd"] == 1
     assert set(found["ratios"]) == set(found["milliseconds"]) == set(TINY.grids)
     assert all(each > 0 for each in found["milliseconds"].values())
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_noise_has_nothing_to_do_with_the_first_weights(split: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "mnist", lambda split, rows: (torch.zeros(rows, 784), None))
+    noise, _ = TASKS["denoiser"].data(split, 0, 2000)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        for weight in TASKS["denoiser"].build().parameters():
+            cosines = nn.functional.normalize(weight.detach(), dim=1) @ nn.functional.normalize(noise, dim=1).T
+            assert cosines.abs().max() < 0.3
 
 
 def test_every_contender_is_tuned_on_every_task() -> None:
