@@ -19,8 +19,8 @@ seed, which is to say diverges or ends with a network that always answers the sa
 
     digits    SGD lr 0.1, 0.3, 1; Adam lr 1e-3, 3e-3, 1e-2, 3e-2; SAM lr 0.3, 1 × ρ 0.05, 0.2;
               NormalizedGD lr 0.3, 1, 3, with and without cool-down
-    denoiser  SGD lr 0.25, 0.5, 1; Adam lr 1e-4, 3e-4, 1e-3; SAM lr 0.5, 1 × ρ 0.05, 0.2;
-              NormalizedGD lr 0.3, 1, 3, with and without cool-down
+    denoiser  SGD lr 0.25, 0.5, 1, 2; Adam lr 1e-4, 3e-4, 1e-3, 3e-3; SAM lr 0.5, 1 × ρ 0.05, 0.2, and lr 2, ρ 0.05;
+              NormalizedGD lr 0.3, 1, 3, 10, with and without cool-down
 
 SGD with cool-down takes SGD's best, SAM in half of the epochs SAM's. λ₁ is of the loss on all rows trained on, with an
 interval; λ₁★ of the first ``orbit_rows`` of them, by the Hessian, so that it is an upper bound where λ_min < 0.
