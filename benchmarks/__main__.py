@@ -3,7 +3,18 @@
 import runpy
 import sys
 
-ALL = "products", "microbatch", "kernels", "calibration", "pairs", "profile", "tracking", "sharpness --quick"
+ALL = (
+    "products",
+    "microbatch",
+    "kernels",
+    "optimizer_step",
+    "calibration",
+    "pairs",
+    "profile",
+    "tracking",
+    "sharpness --quick",
+    "optimizers --quick",
+)
 for name, *arguments in map(str.split, ALL):
     print(f"\n== {name}", flush=True)
     sys.argv[1:] = arguments
