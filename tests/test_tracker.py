@@ -555,7 +555,7 @@ def test_a_model_that_cannot_be_followed_says_so_and_goes_on() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             y: Tensor = self.layer(x)
-            return y if float(y.sum()) > 0 else -y
+            return y if float(y.detach().sum()) > 0 else -y
 
     model = Fickle()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
