@@ -34,7 +34,6 @@ from torchflat.optim import NormalizedGD
 LOOP = r"""
 #include <math.h>
 #include <stdint.h>
-#define CHUNK 16384
 struct run { float *x; const float *g; int64_t count; };
 double step(const struct run *runs, int64_t count, double length) {
   double square = 0;
@@ -106,6 +105,17 @@ def with_gradients(tensors: list[Tensor]) -> list[Tensor]:
     return params
 
 
+def runs_of(params: list[Tensor]) -> ctypes.Array[Run]:
+    """Cut parameters and their gradients into runs, which hold only as long as these do."""
+    pieces = [
+        Run(p.data_ptr() + 4 * start, p.grad.data_ptr() + 4 * start, min(CHUNK, p.numel() - start))
+        for p in params
+        if p.grad is not None
+        for start in range(0, p.numel(), CHUNK)
+    ]
+    return (Run * len(pieces))(*pieces)
+
+
 def ways(tensors: list[Tensor], library: ctypes.CDLL) -> dict[str, Callable[[], object]]:
     """Return what is timed, by name, on parameters of their own where these are changed."""
     torch_params, our_params, loop_params = (with_gradients(tensors) for _ in range(3))
@@ -114,13 +124,7 @@ def ways(tensors: list[Tensor], library: ctypes.CDLL) -> dict[str, Callable[[], 
     one = torch.ones(1, dtype=torch.float64)
     our_grads: list[Tensor] = [p.grad for p in our_params]  # type: ignore[misc]
     empty = [torch.empty(0) for _ in tensors]
-    pieces = [
-        Run(p.data_ptr() + 4 * start, p.grad.data_ptr() + 4 * start, min(CHUNK, p.numel() - start))
-        for p in loop_params
-        if p.grad is not None
-        for start in range(0, p.numel(), CHUNK)
-    ]
-    runs = (Run * len(pieces))(*pieces)
+    runs = runs_of(loop_params)
 
     def clip_and_sgd() -> None:
         torch.nn.utils.clip_grad_norm_(torch_params, 1.0, foreach=True)
@@ -133,7 +137,7 @@ def ways(tensors: list[Tensor], library: ctypes.CDLL) -> dict[str, Callable[[], 
     return {
         "SGD": clip_and_sgd,
         "step": step,
-        "C": lambda: (library.step(runs, len(pieces), 1e-6), loop_params),  # which it keeps alive
+        "C": lambda: (library.step(runs, len(runs), 1e-6), loop_params),  # which it keeps alive
         "idle": Idle(our_params, {}).step,
         "kernel": lambda: kernel(our_params, our_grads),
         "lists": lambda: kernel(empty, empty),

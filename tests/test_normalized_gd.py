@@ -22,7 +22,7 @@ from torch.nn import Parameter
 from torch.optim import lr_scheduler
 
 from torchflat import ops
-from torchflat.optim import NormalizedGD, PowerDecayLR
+from torchflat.optim import NormalizedGD, PowerDecayLR, normalized_gd
 from torchflat.optim.reference import ReferenceNormalizedGD
 
 needs_native = pytest.mark.skipif(
@@ -695,6 +695,36 @@ def test_compiled_steps_move_nothing_where_the_gradient_is_not_finite(norm: str)
     equal(clones(params), before)
     for index, state in optimizer.state_dict()["state"].items():
         equal(list(state.values()), list(kept[index].values()))
+
+
+# One call of a kernel -------------------------------------------------------------------------------------------------
+
+
+@needs_native
+@masked
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"weight_decay": 0.1, "maximize": True}, {"lr": torch.tensor([0.3])}, {"norm": "group"}], ids=str
+)
+def test_one_call_of_a_kernel_is_what_its_parts_are(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], dtype: torch.dtype, capturable: bool
+) -> None:
+    ends = []
+    for plain in (True, False):
+        params = with_gradients([[3.0, -4.0], [0.5, 7.0]], [12.0], [[]], dtype=dtype)
+        params[0].grad = params[0].grad.T
+        given = {"lr": 0.3, "capturable": capturable, "fused": True, **options}
+        optimizer = NormalizedGD(params, **given)
+        monkeypatch.setattr(normalized_gd._Share, "is_plain", plain)
+        before = clones([p.grad for p in params])
+        for _ in range(3):
+            optimizer.step()
+        equal([p.grad for p in params], before)
+        assert count(optimizer) == 3
+        ends.append(clones(params))
+    eps = torch.finfo(dtype).eps
+    equal(*ends, rtol=4 * eps, atol=4 * eps)
+    assert not torch.equal(ends[0][0], torch.ones_like(ends[0][0]))
 
 
 # Shards of unknown norm -----------------------------------------------------------------------------------------------
