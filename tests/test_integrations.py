@@ -90,7 +90,9 @@ def lightning_module() -> Any:
             return out
 
         def training_step(self, batch: list[Tensor], index: int) -> Tensor:
-            return (self(batch[0]) - batch[1]).square().mean()
+            return (
+                (self.net(batch[0]) - batch[1]).square().mean()
+            )  # many do not call self(...)
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return NormalizedGD(self.parameters(), lr=0.05)
@@ -143,7 +145,7 @@ def test_lightning_counts_steps_and_takes_the_mean_loss(lightning: ModuleType, t
     callback = lightning.TorchflatCallback(every=3)
     fit(callback, tmp_path, 2, logger=memory.make())
     assert callback.tracker.steps == 2 * ROWS // BATCH // TOGETHER
-    same(callback.tracker.history, by_hand(2, every=3).history, "net.")
+    same(callback.tracker.history, by_hand(2, every=3).history)
     assert callback.tracker.alarms == []
     assert [step for step, _ in memory.rows] == [0, 3, 6]
     assert [row["torchflat/loss"] for _, row in memory.rows] == callback.tracker.history["loss"]
@@ -155,7 +157,7 @@ def test_lightning_goes_on_from_a_checkpoint(lightning: ModuleType, tmp_path: Pa
     checkpoint = fit(lightning.TorchflatCallback(every=1), tmp_path, 1)
     callback = lightning.TorchflatCallback(every=1)
     fit(callback, tmp_path, 3, resume=checkpoint)
-    same(callback.tracker.history, by_hand(3, every=1).history, "net.")
+    same(callback.tracker.history, by_hand(3, every=1).history)
 
 
 def test_lightning_tracks_a_submodule_and_refuses_what_is_not_there(lightning: ModuleType, tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ class TorchflatCallback(Callback):
     is there to save, plot, or read.
 
     Args:
-        module: name of the submodule to find the laws of, such as ``"net"``, where the module itself cannot be
-            exported; default: the LightningModule.
+        module: name of the submodule to find the laws of, such as ``"net"``; default: the one that has all the
+            parameters, as a training step may call it and not the LightningModule, or else the LightningModule.
         optimizer: number of the optimizer to listen to, where there are several.
         options: those of :class:`~torchflat.optim.Tracker`. ``every`` is 10 here.
 
@@ -51,16 +51,20 @@ class TorchflatCallback(Callback):
         """Attach to the optimizer, whose state and parameters are those of the checkpoint by now."""
         if not 0 <= self._optimizer < len(trainer.optimizers):
             raise UsageError(f"optimizer={self._optimizer}: this run has {len(trainer.optimizers)}")
-        model: nn.Module = pl_module
-        if self._module is not None:
-            try:
-                model = pl_module.get_submodule(self._module)
-            except AttributeError as error:
-                raise UsageError(f"module={self._module!r}: {error}") from error
-        self.tracker = Tracker(model, trainer.optimizers[self._optimizer], **self._options)
+        self.tracker = Tracker(self._model(pl_module), trainer.optimizers[self._optimizer], **self._options)
         if self._state is not None:
             self.tracker.load_state_dict(self._state)
         self._logged = self.tracker.rows
+
+    def _model(self, pl_module: LightningModule) -> nn.Module:
+        if self._module is not None:
+            try:
+                return pl_module.get_submodule(self._module)
+            except AttributeError as error:
+                raise UsageError(f"module={self._module!r}: {error}") from error
+        parameters = set(pl_module.parameters())
+        whole = [child for child in pl_module.children() if set(child.parameters()) == parameters]
+        return whole[0] if whole else pl_module
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Add up the losses of the batches that make a step, which come divided by their number."""
