@@ -90,9 +90,7 @@ def lightning_module() -> Any:
             return out
 
         def training_step(self, batch: list[Tensor], index: int) -> Tensor:
-            return (
-                (self.net(batch[0]) - batch[1]).square().mean()
-            )  # many do not call self(...)
+            return (self.net(batch[0]) - batch[1]).square().mean()  # many do not call self(...)
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return NormalizedGD(self.parameters(), lr=0.05)
