@@ -259,7 +259,6 @@ def test_wrong_checkpoints_exit_with_3(place: Path, capsys: pytest.CaptureFixtur
 
 
 INTERRUPTING = """
-    import signal
     class Model(nn.Module):
         calls = 0
         def __init__(self):
@@ -268,7 +267,7 @@ INTERRUPTING = """
         def forward(self, x):
             Model.calls += 1
             if Model.calls == LIMIT:
-                signal.raise_signal(signal.SIGINT)
+                raise KeyboardInterrupt
             return self.linear(x)
 
     def task():
