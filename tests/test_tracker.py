@@ -476,14 +476,42 @@ def test_steps_are_counted_not_batches() -> None:
     assert tracker.history["loss"] == [None, None] and tracker.alarms == []
 
 
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "adam"])
+def test_asking_after_every_step_or_never_gives_the_same_history(name: str) -> None:
+    found = []
+    for ask in (True, False):
+        model = network()
+        optimizer = {**OPTIMIZERS, "adam": torch.optim.Adam}[name](model.parameters())
+        with silent(model, optimizer, every=2) as tracker:
+            for pair in batches(37):
+                train(model, optimizer, [pair], tracker)
+                assert not ask or len(tracker.history["step"]) == (tracker.steps + 1) // 2
+        found.append(tracker.history)
+    assert found[0] == found[1] and found[0]["step"] == list(range(0, 37, 2))
+
+
+def test_alarms_come_by_themselves_within_sixteen_steps() -> None:
+    said: list[tuple[int, Alarm]] = []
+    model = network()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    with Tracker(model, optimizer, log=lambda alarm: said.append((tracker.steps, alarm))) as tracker:
+        train(model, optimizer, batches(20), tracker)
+        with torch.no_grad():
+            model[0].weight.mul_(1.01)
+        train(model, optimizer, batches(20), tracker)
+    assert {alarm.subject for _, alarm in said} == {"0 → 2"}
+    assert all(alarm.step == 20 and 20 < steps <= 36 for steps, alarm in said)
+
+
 # The loss -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_loss_may_come_before_or_after_the_step_or_from_a_closure() -> None:
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_the_loss_may_come_before_or_after_the_step_or_from_a_closure(kind: Callable[..., Any]) -> None:
     found = {}
     for way in ("before", "after", "closure", "keyword"):
         model = network()
-        optimizer = OPTIMIZERS["sgd"](model.parameters())
+        optimizer = kind(model.parameters(), lr=0.05)
         with silent(model, optimizer, every=2) as tracker:
             for x, y in batches(5):
 
@@ -723,9 +751,9 @@ def test_a_sweep_finds_what_the_laws_say(dtype: torch.dtype) -> None:
     model = model.to(dtype)
     parameters = dict(model.named_parameters())
     sweep = Sweep(found, parameters)
-    swept = sweep(list(parameters.values()))
+    swept = sweep([sweep.read(list(parameters.values()))])
     rtol = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5}[dtype]
-    values = sweep.by_name(swept.values)
+    values = sweep.by_name(swept.values[:, 0])
     for name, value in found.values(model).items():
         torch.testing.assert_close(values[name], value, rtol=rtol, atol=rtol)
     for coupling in found.couplings:
@@ -733,9 +761,12 @@ def test_a_sweep_finds_what_the_laws_say(dtype: torch.dtype) -> None:
         unit = next(i for i, law in enumerate(sweep.laws) if law is coupling)
         assert float(swept.masses[sweep.owner == unit].sum()) == pytest.approx(total, rel=rtol)
     torch.testing.assert_close(
-        swept.squares, torch.stack([p.detach().double().square().sum() for p in model.parameters()]), rtol=rtol, atol=0
+        swept.squares[:, 0],
+        torch.stack([p.detach().double().square().sum() for p in model.parameters()]),
+        rtol=rtol,
+        atol=0,
     )
-    nothing = sweep([None] * len(parameters))
+    nothing = sweep([sweep.read([None] * len(parameters))])
     assert not nothing.values.any() and not nothing.squares.any()
 
 
@@ -744,8 +775,8 @@ def test_large_tensors_are_swept_in_pieces() -> None:
     model = nn.Sequential(nn.Linear(700, 900, bias=False), nn.ReLU(), nn.Linear(900, 3, bias=False))
     found = laws(model, torch.zeros(2, 700))
     sweep = Sweep(found, dict(model.named_parameters()))
-    values = sweep(list(model.parameters())).values
-    torch.testing.assert_close(values, found.values(model)["0 → 2"], rtol=1e-5, atol=1e-6)
+    values = sweep([sweep.read(list(model.parameters()))]).values
+    torch.testing.assert_close(values[:, 0], found.values(model)["0 → 2"], rtol=1e-5, atol=1e-6)
 
 
 def test_alarms_are_said_once_and_copied_states_are_independent() -> None:

@@ -82,6 +82,9 @@ class TorchflatCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the rows that are new."""
+        self._log_rows(trainer)
+
+    def _log_rows(self, trainer: Trainer) -> None:
         assert self.tracker is not None
         for row in self.tracker.since(self._logged):
             step = int(row.pop("step") or 0)
@@ -91,8 +94,9 @@ class TorchflatCallback(Callback):
         self._logged = self.tracker.rows
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the hooks away."""
+        """Take the hooks away, and log the last rows."""
         self._release()
+        self._log_rows(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take the hooks away."""

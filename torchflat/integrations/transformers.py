@@ -88,6 +88,7 @@ class TorchflatCallback(TrainerCallback):
         if tracker is None or self._logging or not logs or "loss" not in logs or not tracker.steps:
             return
         tracker.record(loss=float(logs["loss"]))
+        tracker.flush()
         rows = list(tracker.since(self._logged))
         self._logged = tracker.rows
         if self._trainer is None or not rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,83 +51,98 @@ class Account:
         self._setting: tuple[Any, ...] | None = None
         self._masses: Tensor | None = None
 
-    @property
-    def begun(self) -> bool:
-        """Whether the parameters that it starts or goes on at are known."""
-        return self._masses is not None
-
     def coarser(self, dtype: torch.dtype) -> None:
         """Take gradients to be no more precise than ``dtype``, as under autocast."""
         self._gradient_error = self._gradient_error.clamp(min=AUTOCAST_ERROR * _eps(dtype))
 
-    def begin(self, x: Swept) -> None:
-        """Start, or go on, at the parameters ``x``."""
-        if self.initial is None:
-            self.initial = x.values
-        self._masses = x.masses
+    def enter(self, x: Swept, at: Sequence[int], g: Swept | None, factors: Tensor | None, steps: int) -> Tensor:
+        """Enter a stretch of steps, and return what is known of the rows in it.
 
-    def step(self, g: Swept, factors: Tensor) -> None:
-        """Enter the plain step to come, with a for each parameter."""
-        if len(self.refused) == len(self.sweep.laws):
-            return
+        Args:
+            x: parameters, a column for each row.
+            at: which of the steps each row comes before.
+            g: gradients of plain steps, a column for each; None if they are not plain.
+            factors: a_p of each parameter and step, (P, steps), with ``g``.
+            steps: how many.
+
+        Returns:
+            |C(x)|, Σ|C|/(writers + readers), |C(x) − C(x₀)| and what is unexplained, for each law and row:
+            (4, laws, rows). For a full coupling Σ|C| is over the eigenvalues of C; |·| are Euclidean and Frobenius
+            norms. What is unexplained is the largest |Q(x) − Q(x₀) − S| over what rounding may do, NaN if refused.
+        """
+        if self.initial is None:
+            self.initial, self._masses = x.values[:, 0].clone(), x.masses[:, 0].clone()
         assert self._masses is not None
-        a = factors[self._first]
-        per_value = a[self.sweep.unit_of]
-        quadratic = (per_value != 0) & ~self.sweep.linear[self.sweep.unit_of]
-        self.explained += torch.where(quadratic, per_value.square() * g.values, 0.0)
-        both = torch.where(self.sweep.linear, g.masses, (self._masses * g.masses).sqrt())
-        first_order = torch.where(a != 0, 2 * self._gradient_error * a.abs() * both, 0.0)
-        self._rounding += self._eps * self._masses + first_order
+        masses = torch.cat([self._masses[:, None], x.masses], 1)
+        explained, rounding = self.explained[:, None], self._rounding[:, None]
+        if g is not None and factors is not None and len(self.refused) < len(self.sweep.laws):
+            last_row = torch.tensor([sum(place <= step for place in at) for step in range(steps)], device=masses.device)
+            changes, errors = self._changes(masses.index_select(1, last_row), g, factors)
+            explained, rounding = (torch.cat(pair, 1).cumsum(1) for pair in ((explained, changes), (rounding, errors)))
+        else:
+            explained, rounding = (each.expand(-1, steps + 1) for each in (explained, rounding))
+        before = torch.tensor(at, dtype=torch.int64, device=masses.device)
+        found = self._statistics(x, explained.index_select(1, before), rounding.index_select(1, before))
+        self.explained, self._rounding, self._masses = (
+            explained[:, -1].clone(),
+            rounding[:, -1].clone(),
+            masses[:, -1].clone(),
+        )
+        return found
+
+    def _changes(self, masses: Tensor, g: Swept, factors: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a²Q(g) of each plain step, (size, steps), and what rounding may do in it, (units, steps)."""
+        a = factors.index_select(0, self._first)
+        per_value = a.index_select(0, self.sweep.unit_of)
+        quadratic = (per_value != 0) & ~self.sweep.linear.index_select(0, self.sweep.unit_of)[:, None]
+        both = torch.where(self.sweep.linear[:, None], g.masses, (masses * g.masses).sqrt())
+        first_order = torch.where(a != 0, 2 * self._gradient_error[:, None] * a.abs() * both, 0.0)
+        return (
+            torch.where(quadratic, per_value.square() * g.values, 0.0),
+            self._eps[:, None] * masses + first_order,
+        )
+
+    def changed(self) -> bool:
+        """Whether the setting of the optimizer is another than when it was looked at."""
+        return self.moves.setting() != self._setting
 
     def look(self) -> None:
         """Look for laws whose parameters will not be moved by plain steps with a common factor."""
-        setting = self.moves.setting()
-        if setting == self._setting:
-            return
-        self._setting = setting
+        self._setting = self.moves.setting()
         everywhere = self.moves.refusal()
         for law in self.sweep.laws:
             reason = everywhere or self.moves.refusal_of([m.parameter for m in law.members])
             if reason:
                 self.refused.setdefault(law.name, reason)
 
-    def drift(self, x: Swept) -> Tensor:
-        """Return Q(x) − Q(x₀), (size,)."""
+    def _statistics(self, x: Swept, explained: Tensor, rounding: Tensor) -> Tensor:
         assert self.initial is not None
-        return x.values - self.initial
-
-    def unexplained(self, x: Swept) -> Tensor:
-        """Return, for each law, the largest |Q(x) − Q(x₀) − S| over what rounding may do: (laws,), NaN if refused."""
-        left = (self.drift(x) - self.explained).square()
-        of_unit = _added(left, self.sweep.unit_of, self.sweep.units).sqrt()
-        # The sums of a sweep have an error of their own.
-        allowed = MARGIN * (self._rounding + 2 * self._eps * x.masses) + torch.finfo(torch.float64).tiny
-        laws = len(self.sweep.laws)
-        ratio = torch.zeros(laws, dtype=torch.float64, device=left.device)
-        ratio.scatter_reduce_(0, self.sweep.owner, of_unit / allowed, "amax")
-        for number, law in enumerate(self.sweep.laws):
-            if law.name in self.refused:
-                ratio[number] = torch.nan
-        return ratio
-
-    def statistics(self, x: Swept) -> Tensor:
-        """Return, in columns for the laws, |C(x)|, Σ|C|/(writers + readers), |C(x) − C(x₀)| and what is unexplained.
-
-        For a full coupling Σ|C| is over the eigenvalues of C; |·| are Euclidean and Frobenius norms.
-        """
         laws, owner = len(self.sweep.laws), self.sweep.law_of
+        drift = x.values - self.initial[:, None]
         sizes = _added(x.values.abs(), owner, laws)
         for number, (law, place) in enumerate(zip(self.sweep.laws, self.sweep.ranges, strict=True)):
             if isinstance(law, Coupling) and law.kind == "full":
-                sizes[number] = torch.linalg.eigvalsh(x.values[place].view(law.size, law.size)).abs().sum()
+                C = x.values[place].T.reshape(-1, law.size, law.size)
+                sizes[number] = torch.linalg.eigvalsh(C).abs().sum(1)
         return torch.stack(
             [
                 _added(x.values.square(), owner, laws).sqrt(),
                 sizes / _added(x.masses, self.sweep.owner, laws),
-                _added(self.drift(x).square(), owner, laws).sqrt(),
-                self.unexplained(x),
+                _added(drift.square(), owner, laws).sqrt(),
+                self._unexplained(drift - explained, x.masses, rounding),
             ]
         )
+
+    def _unexplained(self, left: Tensor, masses: Tensor, rounding: Tensor) -> Tensor:
+        of_unit = _added(left.square(), self.sweep.unit_of, self.sweep.units).sqrt()
+        # The sums of a sweep have an error of their own.
+        allowed = MARGIN * (rounding + 2 * self._eps[:, None] * masses) + torch.finfo(torch.float64).tiny
+        ratio = left.new_zeros(len(self.sweep.laws), left.shape[1])
+        ratio.scatter_reduce_(0, self.sweep.owner[:, None].expand_as(of_unit), of_unit / allowed, "amax")
+        for number, law in enumerate(self.sweep.laws):
+            if law.name in self.refused:
+                ratio[number] = torch.nan
+        return ratio
 
     def state_dict(self) -> dict[str, Any]:
         """Return Q(x₀), S and the tolerance by law, and the reasons of refusals: tensors on the CPU and words."""
@@ -168,7 +183,7 @@ class Account:
 
 
 def _added(values: Tensor, place: Tensor, length: int) -> Tensor:
-    return torch.zeros(length, dtype=torch.float64, device=values.device).index_add_(0, place, values)
+    return values.new_zeros(length, values.shape[1]).index_add_(0, place, values)
 
 
 def _eps(dtype: torch.dtype) -> float:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torchflat.errors import DataError, UsageError
 
-__all__ = ["Columns", "load", "save"]
+__all__ = ["Columns", "load", "save", "tensorboard"]
 
 Cell = float | int | str | None
 
@@ -94,6 +94,29 @@ def load(path: str | Path) -> Columns:
             raise
         raise DataError(f"{path.name} is not a history that was written by Tracker.save: {error}") from error
     return columns
+
+
+def tensorboard(rows: Iterable[Mapping[str, Cell]], target: Any) -> None:
+    """Write rows to a SummaryWriter, or to one that is made for a folder.
+
+    Raises:
+        UsageError: TensorBoard is not installed, and ``target`` is a folder.
+    """
+    writer = target
+    if isinstance(target, (str, Path)):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UsageError(f"TensorBoard is not installed: pip install tensorboard ({error})") from error
+        writer = SummaryWriter(str(target))
+    for row in rows:
+        for name, cell in row.items():
+            if name != "step" and isinstance(cell, (int, float)):
+                writer.add_scalar(name, cell, row["step"])
+    if writer is target:
+        writer.flush()
+    else:
+        writer.close()
 
 
 def _finite(cell: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,9 +12,23 @@ from torch.optim import SGD, Optimizer
 
 from torchflat.optim.normalized_gd import NormalizedGD
 
-__all__ = ["Moves", "stability_factor"]
+__all__ = ["Move", "Moves", "stability_factor"]
 
 OUTSIDE = -1
+
+
+@dataclass(frozen=True)
+class Move:
+    """What an optimizer is about to do: by group the rate of SGD, or the length of a NormalizedGD and its norm.
+
+    ``scale`` is the factor of a GradScaler that the optimizer itself takes out, and ``skipped`` is positive where it
+    will not move, both on the device.
+    """
+
+    rates: tuple[float, ...]
+    norms: tuple[str | None, ...]
+    scale: Tensor | None
+    skipped: Tensor | None
 
 
 class Moves:
@@ -71,43 +86,49 @@ class Moves:
         # One group moves all of its parameters alike, whatever its rate.
         return tuple(each[1:] for each in settings) if len(settings) == 1 else tuple(settings)
 
-    @torch.no_grad()
-    def factors(self, squares: Tensor) -> Tensor:
-        """Return a_p of each parameter, (P,) float64, from the |g_p|², (P,): 0 for those that are not moved."""
+    def next(self) -> Move:
+        """Return the plain step to come."""
         groups = self._optimizer.param_groups
-        squares = squares[: self.inside]
-        if type(self._optimizer).step == SGD.step:
-            a = self._of_groups([float(group["lr"]) for group in groups])
-        else:
-            a = self._normalized(squares)
-        found_inf = getattr(self._optimizer, "found_inf", None)
-        if found_inf is not None:
-            a = torch.where(found_inf.to(self._device) > 0, 0.0, a)
-        return torch.cat([a, a.new_zeros(len(self._group_of) - self.inside)])
+        rates, norms = [float(group["lr"]) for group in groups], [group.get("norm") for group in groups]
+        if type(self._optimizer).step == NormalizedGD.step:
+            clock = self.clock()
+            rates = [rate * (clock + 1) ** -group["decay"] for rate, group in zip(rates, groups, strict=True)]
+        kept = [getattr(self._optimizer, name, None) for name in ("grad_scale", "found_inf")]
+        scale, skipped = (
+            each.to(self._device, torch.float64, copy=True).view(()) if each is not None else None for each in kept
+        )
+        return Move(tuple(rates), tuple(norms), scale, skipped)
 
-    def _normalized(self, squares: Tensor) -> Tensor:
+    @torch.no_grad()
+    def factors(self, moves: Sequence[Move], squares: Tensor) -> Tensor:
+        """Return a_p of each parameter and step, (P, steps) float64, from |g_p|²: 0 for those that are not moved."""
+        squares = squares[: self.inside]
+        rates = torch.tensor([move.rates for move in moves], dtype=torch.float64, device=self._device).T
+        a = rates.index_select(0, self._groups)
+        norms = moves[0].norms
+        if any(norms):
+            a = self._normalized(a, squares, norms)
+        for column, move in enumerate(moves):
+            if move.skipped is not None:
+                a[:, column] = torch.where(move.skipped > 0, 0.0, a[:, column])
+        return torch.cat([a, a.new_zeros(len(self._group_of) - self.inside, len(moves))])
+
+    def _normalized(self, lengths: Tensor, squares: Tensor, norms: Sequence[str | None]) -> Tensor:
         """Return α_k/|g|, for the norm that each group asks for."""
-        groups = self._optimizer.param_groups
-        clock = self.clock()
-        lengths = self._of_groups([float(group["lr"]) * (clock + 1) ** -group["decay"] for group in groups])
-        of_group = torch.zeros(len(groups), dtype=torch.float64, device=self._device)
-        of_group.index_add_(0, self._groups, squares)
-        pooled = torch.tensor([group["norm"] == "global" for group in groups], device=self._device)
-        total = torch.where(pooled, of_group, 0.0).sum()
-        by = torch.where(pooled[self._groups], total, of_group[self._groups])
-        if any(group["norm"] == "tensor" for group in groups):
-            each = torch.tensor([group["norm"] == "tensor" for group in groups], device=self._device)
-            by = torch.where(each[self._groups], squares, by)
-        moves = (by > 0) & squares.sum().isfinite()
+        of_group = lengths.new_zeros(len(norms), squares.shape[1]).index_add_(0, self._groups, squares)
+        pooled = torch.tensor([[norm == "global"] for norm in norms], device=self._device)
+        total = torch.where(pooled, of_group, 0.0).cumsum(0)[-1]
+        by = torch.where(pooled, total, of_group).index_select(0, self._groups)
+        each = torch.tensor([[norm == "tensor"] for norm in norms], device=self._device)
+        by = torch.where(each.index_select(0, self._groups), squares, by)
+        moves = (by > 0) & squares.sum(0).isfinite()
         return torch.where(moves, lengths / by.sqrt(), 0.0)
 
-    def rate(self, factors: Tensor | None) -> float | None:
-        """Return the largest η such that η·λ₁ < 2 is what stability asks for; None where no such rule is known."""
-        if factors is not None:
-            return float(factors.max())
-        if type(self._optimizer).step == SGD.step:
-            return max(float(group["lr"]) * stability_factor(group) for group in self._optimizer.param_groups)
-        return None
+    def edge_rate(self) -> float | None:
+        """Return η such that η·λ₁ < 2 is what stability asks for, for steps of SGD; None if no such rule is known."""
+        if type(self._optimizer).step != SGD.step:
+            return None
+        return max(float(group["lr"]) * stability_factor(group) for group in self._optimizer.param_groups)
 
     def clock(self) -> int:
         """Return k, the number of steps that a NormalizedGD has taken."""
@@ -115,9 +136,6 @@ class Moves:
             if "step" in state:
                 return int(state["step"])
         return 0
-
-    def _of_groups(self, numbers: Sequence[float]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.float64, device=self._device)[self._groups]
 
 
 def stability_factor(group: Mapping[str, Any]) -> float:

@@ -1,42 +1,15 @@
-"""What a row of the history says, and of which parameters."""
+"""What an optimizer has, and how it is set."""
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchflat.errors import UsageError
 from torchflat.optim import sharded
-from torchflat.optim.account import Account
 from torchflat.optim.history import Cell
-from torchflat.optim.sweep import Swept
-from torchflat.symmetry import Coupling
 
-__all__ = ["measured", "rates", "tracked", "unscaled"]
-
-
-def measured(account: Account, x: Swept, gradients: Tensor, length: Tensor | None) -> dict[str, Cell]:
-    """Return norms, the length of the step if it is known, and how balanced each law is: all read back at once.
-
-    ``gradients`` holds the squared norm of each one.
-    """
-    inside = account.moves.inside
-    norms = [squares[:inside].sum().sqrt() for squares in (x.squares, gradients)]
-    norms.append(torch.full_like(norms[0], math.nan) if length is None else length)
-    numbers = torch.cat([torch.stack(norms), account.statistics(x).T.flatten()]).tolist()
-    cells: dict[str, Cell] = {"parameter_norm": numbers[0], "gradient_norm": numbers[1]}
-    cells["length"] = None if length is None else numbers[2]
-    for number, law in enumerate(account.sweep.laws):
-        balance, imbalance, drift, unexplained = numbers[3 + 4 * number : 7 + 4 * number]
-        if isinstance(law, Coupling):
-            cells |= {f"balance/{law.name}": balance, f"imbalance/{law.name}": imbalance}
-        cells[f"drift/{law.name}"] = drift
-        if law.name not in account.refused:
-            cells[f"unexplained/{law.name}"] = unexplained
-    return cells
+__all__ = ["rates", "tracked"]
 
 
 def tracked(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -52,15 +25,6 @@ def tracked(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     if sharded.is_sharded(list(found.values())):
         raise UsageError("sharded parameters (FSDP2) are not tracked: train with DistributedDataParallel, or unsharded")
     return found
-
-
-def unscaled(g: Swept, optimizer: Optimizer) -> Swept:
-    """Take out the factor of a GradScaler, where the optimizer does that itself in its step."""
-    scale: Tensor | None = getattr(optimizer, "grad_scale", None)
-    if scale is None:
-        return g
-    square = scale.to(g.squares.device, torch.float64) ** 2
-    return Swept(g.values / square, g.masses / square, g.squares / square)
 
 
 def rates(optimizer: Optimizer) -> dict[str, Cell]:

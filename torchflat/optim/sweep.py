@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,12 +17,12 @@ __all__ = ["Sweep", "Swept"]
 
 @dataclass(frozen=True)
 class Swept:
-    """What a sweep finds, in float64 on the device of the first tensor.
+    """What sweeps find, in float64 on the device of the first tensor, a column for each sweep.
 
-    ``values`` (size,) are the conserved numbers of all laws in a row, a matrix row by row. ``masses`` has one entry for
-    each unit: a channel of a diagonal coupling, Σ|exponent|·|slice|², which is writers plus readers; all of a full
-    coupling, tr Σ MMᵀ; a channel of a linear law, √(entries · Σ exponent²·|slice|²), which bounds the sum of sizes.
-    ``squares`` (tensors,) are |tensor|².
+    ``values`` (size, sweeps) are the conserved numbers of all laws, one below the other, a matrix row by row.
+    ``masses`` has one row for each unit: a channel of a diagonal coupling, Σ|exponent|·|slice|², which is writers plus
+    readers; all of a full coupling, tr Σ MMᵀ; a channel of a linear law, √(entries · Σ exponent²·|slice|²), which
+    bounds the sum of sizes. ``squares`` (tensors, sweeps) are |tensor|².
     """
 
     values: Tensor
@@ -33,8 +33,9 @@ class Swept:
 class Sweep:
     """The plan of a sweep, made once: :func:`torchflat.ops.line_squares` of all matrices, and which sums make up what.
 
-    Works on the parameters, on their gradients, and on anything in their shapes. Full couplings take a product of
-    matrices in float64.
+    Works on the parameters, on their gradients, and on anything in their shapes. To :meth:`read` is all that needs the
+    tensors; what many readings come to is found at once, which costs much less than one by one. Full couplings take a
+    product of matrices in float64.
 
     Args:
         laws: what to evaluate; approximate laws are left out.
@@ -45,9 +46,9 @@ class Sweep:
     >>> members = Member("a", 0, rows, rows, 1.0), Member("b", 1, rows, rows, -1.0)
     >>> parameters = {"a": torch.tensor([[3.0, 0.0], [0.0, 1.0]]), "b": torch.tensor([[1.0, 2.0]])}
     >>> sweep = Sweep(Laws((Coupling("a → b", 2, members, "diagonal"),)), parameters)
-    >>> found = sweep(list(parameters.values()))
-    >>> found.values.tolist(), found.masses.tolist(), found.squares.tolist()
-    ([8.0, -3.0], [10.0, 5.0], [10.0, 5.0])
+    >>> found = sweep([sweep.read(list(parameters.values()))])
+    >>> found.values.T.tolist(), found.masses.T.tolist(), found.squares.T.tolist()
+    ([[8.0, -3.0]], [[10.0, 5.0]], [[10.0, 5.0]])
     """
 
     def __init__(self, laws: Laws, parameters: Mapping[str, Tensor]) -> None:
@@ -58,7 +59,8 @@ class Sweep:
         self._number = {name: i for i, name in enumerate(parameters)}
         self._shapes = [parameter.shape for parameter in parameters.values()]
         self._device = next(iter(parameters.values())).device
-        # One long vector of sums: of the squares of each matrix, its rows and then its columns; behind them all else.
+        # A reading is a long vector of sums: of the squares of each matrix, its rows and then its columns; behind them
+        # other sums, the squares of tensors that are no such matrices, and the matrices of full couplings with traces.
         squared = {self._number[m.parameter] for law in self.laws for m in law.members if m.axis is not None}
         self._matrices = [number for number in sorted(squared) if len(self._shapes[number]) >= 2]
         self._starts: dict[int, int] = {}
@@ -67,7 +69,7 @@ class Sweep:
             self._starts[number] = self._length
             self._length += sum(self._shapes[number][:2])
         self._others: dict[tuple[int, str], tuple[int, int, Callable[[Tensor], Tensor]]] = {}
-        self._full: list[tuple[Coupling, slice, int]] = []
+        self._full: list[Coupling] = []
         self.ranges: list[slice] = []
         self._lay_out()
 
@@ -77,6 +79,7 @@ class Sweep:
         owners: list[int] = []
         unit_of: list[Tensor] = []
         entries: list[Tensor] = []
+        full_at: list[tuple[int, int]] = []
         start = 0
         for number, law in enumerate(self.laws):
             unit, full = len(owners), isinstance(law, Coupling) and law.kind == "full"
@@ -86,7 +89,8 @@ class Sweep:
             unit_of.append(torch.full((length,), unit) if full else unit + torch.arange(law.size))
             counts = torch.zeros(units, dtype=torch.float64)
             if isinstance(law, Coupling) and full:
-                self._full.append((law, self.ranges[-1], unit))
+                self._full.append(law)
+                full_at.append((start, unit))
             else:
                 for member in law.members:
                     channel = member.channel.cpu()
@@ -106,23 +110,32 @@ class Sweep:
             rows = self._starts[number] + torch.arange(self._shapes[number][0])
             parts["squares"].append((rows, torch.full_like(rows, number), torch.ones(len(rows))))
         self._loose = [i for i in range(len(self._shapes)) if i not in self._starts]
+        one = torch.ones(len(self._loose), dtype=torch.float64)
+        parts["squares"].append((self._length + torch.arange(len(one)), torch.tensor(self._loose), one))
+        end = self._length + len(one)
+        for law, (value, unit) in zip(self._full, full_at, strict=True):
+            entry, one = torch.arange(law.size**2), torch.ones(law.size**2, dtype=torch.float64)
+            parts["values"].append((end + entry, value + entry, one))
+            parts["masses"].append((end + entry[:1] + law.size**2, torch.tensor([unit]), one[:1]))
+            end += law.size**2 + 1
+        self._reading = end
         self._places = self._joined(parts)
         self.owner = torch.tensor(owners, dtype=torch.int64, device=self._device)
-        self.unit_of = _joined(unit_of, torch.int64).to(self._device)
+        self.unit_of = _joined(unit_of, torch.int64, self._device)
         self.law_of = self.owner[self.unit_of]
-        self._entries = _joined(entries, torch.float64).to(self._device)
+        self._entries = _joined(entries, torch.float64, self._device)
         self.linear = self._entries > 0
         self._any_linear = bool(self.linear.any())
 
     def _joined(self, parts: Mapping[str, Sequence[tuple[Tensor, Tensor, Tensor]]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return which sums go where, with which weights, in the vector of values, masses and squares."""
+        """Return which sums go where, with which weights, among values, masses and squares."""
         first = {"values": 0, "masses": self.size, "squares": self.size + self.units}
         rows = [(source, first[kind] + place, weight) for kind, part in parts.items() for source, place, weight in part]
         sources, places, weights = zip(*rows, strict=True) if rows else ((), (), ())
         return (
-            _joined(sources, torch.int64).to(self._device),
-            _joined(places, torch.int64).to(self._device),
-            _joined(weights, torch.float64).to(self._device),
+            _joined(sources, torch.int64, self._device),
+            _joined(places, torch.int64, self._device),
+            _joined(weights, torch.float64, self._device),
         )
 
     def _entries_of(self, member: Member) -> float:
@@ -153,54 +166,53 @@ class Sweep:
         return self._others[number, name][0]
 
     @torch.no_grad()
-    def __call__(self, tensors: Sequence[Tensor | None]) -> Swept:
-        """Sweep over tensors in the shapes and the order of the parameters; None stands for zeros."""
-        source, place, weight = self._places
-        found = torch.zeros(self.size + self.units + len(tensors), dtype=torch.float64, device=self._device)
-        found.index_add_(0, place, self._all_sums(tensors)[source].mul_(weight))
-        values, masses, squares = found.split([self.size, self.units, len(tensors)])
-        self._add_squares(squares, tensors, self._loose)
-        if self._any_linear:
-            masses = torch.where(self.linear, (masses * self._entries).sqrt(), masses)
-        for coupling, matrix, unit in self._full:
+    def read(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Sum over tensors in the shapes and the order of the parameters; None stands for zeros."""
+        parts = self._line_squares(tensors)
+        for (number, _), (_, length, sums) in self._others.items():
+            parts.append(_zeros(length, self._device) if (t := tensors[number]) is None else sums(_plain(t)))
+        if self._loose:
+            parts.append(self.squares([tensors[number] for number in self._loose]))
+        for coupling in self._full:
             grams = self._gram(coupling, tensors)
-            values[matrix] = (grams[0] - grams[1]).reshape(-1)
-            masses[unit] = grams.diagonal(dim1=1, dim2=2).sum()
+            parts += [(grams[0] - grams[1]).reshape(-1), grams.diagonal(dim1=1, dim2=2).sum().view(1)]
+        return parts[0] if len(parts) == 1 else _joined(parts, torch.float64, self._device)
+
+    @torch.no_grad()
+    def __call__(self, readings: Sequence[Tensor]) -> Swept:
+        """Return what readings come to."""
+        source, place, weight = self._places
+        sizes = [self.size, self.units, len(self._shapes)]
+        found = torch.zeros(sum(sizes), len(readings), dtype=torch.float64, device=self._device)
+        together = torch.stack(list(readings), 1) if readings else found.new_zeros(self._reading, 0)
+        terms = together.index_select(0, source)
+        found.index_add_(0, place, terms.mul_(weight[:, None]))
+        values, masses, squares = found.split(sizes)
+        if self._any_linear:
+            linear = (masses * self._entries[:, None]).sqrt()
+            masses = torch.where(self.linear[:, None], linear, masses)
         return Swept(values, masses, squares)
 
     @torch.no_grad()
     def squares(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Return |tensor|² only, (tensors,)."""
-        squares = torch.zeros(len(tensors), dtype=torch.float64, device=self._device)
-        self._add_squares(squares, tensors, range(len(tensors)))
+        """Return |tensor|² of each, (tensors,)."""
+        squares = _zeros(len(tensors), self._device)
+        for numbers in _by_device(tensors, range(len(tensors))):
+            squares[numbers] = ops.norms([_plain(tensors[number]) for number in numbers]).to(self._device).square()
         return squares
 
-    def _add_squares(self, squares: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[int]) -> None:
-        known = [number for number in numbers if tensors[number] is not None]
-        if known:
-            norms = torch._foreach_norm([_plain(tensors[number]) for number in known], 2, torch.float64)
-            squares[known] = torch.stack([norm.to(self._device) for norm in norms]).square()
-
-    def _all_sums(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Return the long vector of sums."""
-        devices: dict[torch.device, list[int]] = {}
-        for number in self._matrices:
-            tensor = tensors[number]
-            if tensor is not None:
-                devices.setdefault(tensor.device, []).append(number)
+    def _line_squares(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        """Return the sums of squares along the lines of all matrices, in order."""
         lines: dict[int, Tensor] = {}
-        for numbers in devices.values():
-            together = ops.line_squares([_plain(tensors[number]) for number in numbers])
-            if len(numbers) == len(self._matrices) and not self._others:
-                return together.to(self._device)
+        for numbers in _by_device(tensors, self._matrices):
+            together = ops.line_squares([_plain(tensors[number]) for number in numbers]).to(self._device)
+            if len(numbers) == len(self._matrices):
+                return [together]
             lengths = [sum(self._shapes[number][:2]) for number in numbers]
-            lines |= dict(zip(numbers, together.to(self._device).split(lengths), strict=True))
-        zeros = torch.zeros(self._length, dtype=torch.float64, device=self._device)
-        parts = [lines.get(number, zeros[: sum(self._shapes[number][:2])]) for number in self._matrices]
-        for (number, _), (_, length, sums) in self._others.items():
-            tensor = tensors[number]
-            parts.append(zeros[:length] if tensor is None else sums(_plain(tensor)).to(self._device, torch.float64))
-        return torch.cat([*parts, zeros[:0]])
+            lines |= dict(zip(numbers, together.split(lengths), strict=True))
+        missing = [number for number in self._matrices if number not in lines]
+        lines |= {number: _zeros(sum(self._shapes[number][:2]), self._device) for number in missing}
+        return [lines[number] for number in self._matrices]
 
     def _gram(self, coupling: Coupling, tensors: Sequence[Tensor | None]) -> Tensor:
         """Return Σ MMᵀ over the runs of the writers, and of the readers, (2, size, size)."""
@@ -224,8 +236,21 @@ class Sweep:
         return parts
 
 
-def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    return torch.cat([part.to(dtype) for part in parts]) if parts else torch.zeros(0, dtype=dtype)
+def _by_device(tensors: Sequence[Tensor | None], numbers: Iterable[int]) -> Iterable[list[int]]:
+    """Group the numbers of tensors that there are by where these lie."""
+    devices: dict[torch.device, list[int]] = {}
+    for number in numbers:
+        if (tensor := tensors[number]) is not None:
+            devices.setdefault(tensor.device, []).append(number)
+    return devices.values()
+
+
+def _joined(parts: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.cat([torch.zeros(0, dtype=dtype, device=device), *(part.to(device, dtype) for part in parts)])
+
+
+def _zeros(length: int, device: torch.device) -> Tensor:
+    return torch.zeros(length, dtype=torch.float64, device=device)
 
 
 def _plain(tensor: Tensor | None) -> Tensor:

@@ -22,8 +22,9 @@ from torchflat.optim.alarms import Alarm, Watch, warn
 from torchflat.optim.follower import Follower
 from torchflat.optim.history import Cell, Columns
 from torchflat.optim.moves import Moves
-from torchflat.optim.rows import measured, rates, tracked, unscaled
-from torchflat.optim.sweep import Sweep, Swept
+from torchflat.optim.rows import rates, tracked
+from torchflat.optim.stretch import Seen, Travelled, work_out
+from torchflat.optim.sweep import Sweep
 from torchflat.symmetry import Laws, laws
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["Tracker"]
 
 VERSION = 1
+# Steps that are worked out together.
+STRETCH = 16
 
 
 class Tracker:
@@ -55,7 +58,8 @@ class Tracker:
     (:func:`~torchflat.optim.escape.escape`, T073–T083). ``nonfinite``: a loss, gradient or parameter is not finite.
 
     What is trained is not touched, random numbers, gradients, modes and buffers included. A step costs one sweep over
-    the gradients, and a row one over the parameters.
+    the gradients, and a row one over the parameters. Rows are worked out sixteen steps at a time (:meth:`flush`), so
+    that an alarm may come as much later, and training on another device is not held up.
 
     Args:
         model: also within DistributedDataParallel or torch.compile.
@@ -111,7 +115,7 @@ class Tracker:
         if sharpness_every is not None and objective is None:
             raise UsageError("sharpness_every= needs objective=, the function whose λ₁ is meant")
         self.model, self.optimizer, self.every = unwrapped(model), optimizer, every
-        self.history = Columns()
+        self._history = Columns()
         self._watch = Watch(infimum, stall, product_bound)
         self.steps = 0
         self._log = log or warn
@@ -123,7 +127,8 @@ class Tracker:
         self._autocast: torch.dtype | None = None
         self._account: Account | None = None
         self._loaded: Mapping[str, Any] | None = None
-        self._sums: Tensor | None = None
+        self._pending: list[Seen] = []
+        self._travelled = Travelled()
         self._loss: Tensor | float | None = None
         self._loss_comes_first: bool | None = None
         self._measured = False
@@ -138,18 +143,25 @@ class Tracker:
         ]
 
     @property
+    def history(self) -> Columns:
+        """The rows so far, as columns."""
+        self.flush()
+        return self._history
+
+    @property
     def alarms(self) -> list[Alarm]:
         """What was said, in order."""
+        self.flush()
         return self._watch.alarms
 
     @property
     def rows(self) -> int:
-        """Number of rows of the history."""
-        return self.history.rows
+        """Number of rows that have been worked out."""
+        return self._history.rows
 
     def since(self, index: int) -> Iterator[dict[str, Cell]]:
-        """Yield what is known of each row from this one on."""
-        return map(self.history.row, range(index, self.rows))
+        """Yield what is known of each row from this one on, as far as they have been worked out."""
+        return map(self._history.row, range(index, self.rows))
 
     @property
     def refused(self) -> Mapping[str, str]:
@@ -159,7 +171,11 @@ class Tracker:
     # Attaching -------------------------------------------------------------------------------------------------------
 
     def detach(self) -> None:
-        """Take all hooks away; what was recorded stays."""
+        """Take all hooks away, and work out the last rows; what was recorded stays."""
+        self._remove_hooks()
+        self.flush()
+
+    def _remove_hooks(self) -> None:
         for hook in self._hooks:
             hook.remove()
 
@@ -169,7 +185,9 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.detach()
+        self._remove_hooks()
+        if error is None:
+            self.flush()
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep what the model is called with, once, and the precision that it computes in."""
@@ -197,7 +215,7 @@ class Tracker:
             loss = closure()
             if not self._measured:
                 if self._loss is None and isinstance(loss, (Tensor, float)):
-                    self._loss = loss.detach() if isinstance(loss, Tensor) else loss
+                    self._loss = loss.detach().clone() if isinstance(loss, Tensor) else loss
                 self._measure()
             return loss
 
@@ -207,13 +225,13 @@ class Tracker:
 
     @_disable_dynamo
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._before:
-            moved = torch._foreach_sub(self._tensors(), self._before)
-            length = torch.stack(torch._foreach_norm(moved, 2, torch.float64)).norm()
-            self._before = []
-            self._travel(length)
-            if self.steps % self.every == 0:
-                self._amend(length=float(length), **self._travelled())
+        if self._pending and self._pending[-1].open:
+            last = self._pending[-1]
+            last.open = False
+            if self._before:
+                moved = torch._foreach_sub(self._tensors(), self._before)
+                last.length = torch.stack(torch._foreach_norm(moved, 2, torch.float64)).norm()
+                self._before = []
         self.steps += 1
 
     # Measuring -------------------------------------------------------------------------------------------------------
@@ -222,15 +240,35 @@ class Tracker:
         """Enter the loss at x_k, before step k or after it: the first call decides which, for all of them."""
         if self._loss_comes_first is None:
             self._loss_comes_first = self.steps == 0
-        loss = loss.detach() if isinstance(loss, Tensor) else loss
+        loss = loss.detach().clone() if isinstance(loss, Tensor) else loss
         if self._loss_comes_first:
             self._loss = loss
         elif (self.steps - 1) % self.every == 0:
-            self._amend(loss=float(loss))
+            if self._pending:
+                self._pending[-1].loss = loss
+            else:
+                self._history["loss"][-1] = float(loss)
 
-    def _amend(self, **cells: Cell) -> None:
-        for name, cell in cells.items():
-            self.history[name][-1] = cell
+    def flush(self) -> None:
+        """Work out the rows of all steps that have ended, and say what is amiss.
+
+        This is done by itself after every 16 steps, as one by one it would take much longer, and wherever the history
+        or the alarms are asked for.
+        """
+        if self._account is None:
+            return
+        ended = [each for each in self._pending if not each.open]
+        self._pending = [each for each in self._pending if each.open]
+        alarms: list[Alarm] = []
+        for row in work_out(self._account, ended, self._travelled) if ended else ():
+            inside = list(self._parameters)[: self._account.moves.inside]
+            bound = self._watch.bound(self._account.sweep.laws, row, inside)
+            if bound is not None:
+                row["norm_bound"] = bound
+            self._history.add(row)
+            alarms += self._watch.look(row, self._history)
+        for alarm in alarms:
+            self._log(alarm)
 
     def _tensors(self) -> list[Tensor]:
         return [parameter.detach() for parameter in self._parameters.values()]
@@ -239,37 +277,32 @@ class Tracker:
         """Look at x_k and its gradient."""
         self._measured = True
         account = self._account or self._begin()
-        account.look()
+        self._pending = [each for each in self._pending if not each.open]  # a step that failed
+        # The first row at once, as that is where most is said.
+        if self._pending and (self.steps - self._pending[0].step >= STRETCH or not self._history.rows):
+            self.flush()
+        if account.changed():
+            self.flush()
+            account.look()
         plain = account.moves.refusal() is None
         recorded = self.steps % self.every == 0
-        if not (plain or recorded):
-            return
-        gradients = [parameter.grad for parameter in self._parameters.values()]
-        g = unscaled(account.sweep(gradients), self.optimizer) if plain else None
-        squares = account.sweep.squares(gradients) if g is None else g.squares
-        factors = None if g is None else account.moves.factors(squares)
-        x = account.sweep(self._tensors()) if recorded or not account.begun else None
-        if x is not None:
-            account.begin(x)
-        length = None if factors is None else (factors.square() * squares).nansum().sqrt()
-        if self._measures_steps:
-            self._before = [tensor.clone() for tensor in self._tensors()]
-        elif length is not None:
-            self._travel(length)
-        if recorded:
-            assert x is not None
-            self._add_row(account, x, squares, factors, length)
-        if g is not None and factors is not None:
-            account.step(g, factors)
+        if plain or recorded or self._measures_steps:
+            gradients = [parameter.grad for parameter in self._parameters.values()]
+            seen = Seen(
+                step=self.steps,
+                x=account.sweep.read(self._tensors()) if recorded else None,
+                g=account.sweep.read(gradients) if plain else None,
+                squares=account.sweep.squares(gradients) if recorded and not plain else None,
+                move=account.moves.next() if plain else None,
+                rates=rates(self.optimizer) if recorded else {},
+                edge_rate=None if plain else account.moves.edge_rate(),
+                loss=self._loss,
+                reading=self._follower.measure(self.steps, self._parameters) if recorded and self._follower else None,
+            )
+            self._pending.append(seen)
+            if self._measures_steps:
+                self._before = [tensor.clone() for tensor in self._tensors()]
         self._loss = None
-
-    def _travel(self, length: Tensor) -> None:
-        step = torch.stack([length, length.square()])
-        self._sums = step if self._sums is None else self._sums + step
-
-    def _travelled(self) -> dict[str, Cell]:
-        sums: list[Cell] = [None, None] if self._sums is None else self._sums.tolist()
-        return {"sum_length": sums[0], "sum_length_squared": sums[1]}
 
     def _begin(self) -> Account:
         """Find the laws, and open their account."""
@@ -292,29 +325,9 @@ class Tracker:
             return laws(self.model, self._example, mode="train" if self.model.training else "eval")
         except UsageError as error:
             alarm = Alarm(self.steps, "untracked", "laws", f"no laws were found, and no balance is tracked: {error}")
-            self.alarms.append(alarm)
+            self._watch.alarms.append(alarm)
             self._log(alarm)
             return Laws(())
-
-    def _add_row(
-        self, account: Account, x: Swept, squares: Tensor, factors: Tensor | None, length: Tensor | None
-    ) -> None:
-        """Append what is known of x_k, and look for what is amiss."""
-        row: dict[str, Cell] = {"step": self.steps, "loss": None if self._loss is None else float(self._loss)}
-        row |= rates(self.optimizer)
-        row |= measured(account, x, squares, length)
-        row |= self._travelled()
-        bound = self._watch.bound(account.sweep.laws, row, list(self._parameters)[: account.moves.inside])
-        if bound is not None:
-            row["norm_bound"] = bound
-        found = self._follower and self._follower.measure(self.steps, self._parameters)
-        if found:
-            rate = account.moves.rate(factors)
-            row["sharpness"], row["sharpness_status"] = found.value, found.status.name
-            row["edge"] = None if rate is None else rate * found.value
-        self.history.add(row)
-        for alarm in self._watch.look(row, self.history):
-            self._log(alarm)
 
     # Keeping ---------------------------------------------------------------------------------------------------------
 
@@ -327,7 +340,7 @@ class Tracker:
             "version": VERSION,
             "steps": self.steps,
             "history": {name: list(column) for name, column in self.history.items()},
-            "sums": self._sums,
+            "travelled": self._travelled.sums,
             "loss": None if self._loss is None else float(self._loss),
             "loss_comes_first": self._loss_comes_first,
             "watch": self._watch.state_dict(),
@@ -343,10 +356,11 @@ class Tracker:
         """
         if state.get("version") != VERSION:
             raise UsageError(f"the state has version {state.get('version')!r}, and this is {VERSION}")
-        self.steps, self._sums, self._loss = state["steps"], state["sums"], state["loss"]
+        self.steps, self._loss = state["steps"], state["loss"]
+        self._travelled, self._pending = Travelled(state["travelled"]), []
         self._loss_comes_first = state["loss_comes_first"]
-        self.history.clear()
-        self.history.update({name: list(column) for name, column in state["history"].items()})
+        self._history.clear()
+        self._history.update({name: list(column) for name, column in state["history"].items()})
         self._watch.load_state_dict(state["watch"])
         if self._follower and state["follower"]:
             self._follower.load_state_dict(state["follower"])
@@ -374,19 +388,6 @@ class Tracker:
         Raises:
             UsageError: TensorBoard is not installed, and ``target`` is a folder.
         """
-        writer = target
-        if isinstance(target, (str, Path)):
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise UsageError(f"TensorBoard is not installed: pip install tensorboard ({error})") from error
-            writer = SummaryWriter(str(target))
-        for row in self.since(self._written):
-            for name, cell in row.items():
-                if name != "step" and isinstance(cell, (int, float)):
-                    writer.add_scalar(name, cell, row["step"])
+        self.flush()
+        history.tensorboard(self.since(self._written), target)
         self._written = self.rows
-        if writer is target:
-            writer.flush()
-        else:
-            writer.close()
