@@ -83,6 +83,8 @@ class Options(Setting):
     """What a block is."""
     gradients: float | None = None
     """Gradients for the flatness profile. Default: 100, or 20,000 where there are 1,000 parameters at most."""
+    tracker: str | None = None
+    """State of the Tracker of this training, to check its account at the end. Default: what the checkpoint holds."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

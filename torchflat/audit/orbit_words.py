@@ -1,4 +1,4 @@
-"""What the laws of a network, and its flattest representative, say in words."""
+"""What the laws of a network, their account in training, and its flattest representative say in words."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torchflat.numerals import confidence, count, number, span
 
-__all__ = ["coupling_cells", "law_rows", "laws_sentences", "orbit_sentences"]
+__all__ = ["account_sentences", "coupling_cells", "law_rows", "laws_sentences", "orbit_sentences"]
 
 # A headroom below this is not worth a rescaling.
 NOTABLE = 1.05
@@ -96,6 +96,37 @@ def _centred_sentence(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             f"subtracted from it: |w|² + (b − μ)² − |readers|² is conserved; in {centred[0]['name']} b − μ is "
             f"{parameter} − {buffer}."
         )
+
+
+def account_sentences(part: Mapping[str, Any] | None) -> Iterator[str]:
+    """Yield whether the steps of training explain how the conserved quantities changed, and where not."""
+    if not part or not part["rows"]:
+        return
+    kept = [row for row in part["rows"] if not row["refused"]]
+    broken = [row for row in kept if row["unexplained"] > 1]
+    steps = count(part["steps"])
+    if kept and not broken:
+        worst = max(row["unexplained"] for row in kept)
+        many = f"{count(len(kept))} conserved quantities" if len(kept) > 1 else "conserved quantity"
+        yield (
+            f"The {many} of which there is an account changed in {steps} steps by what the lengths of the steps "
+            f"explain, up to {number(worst, 2)} of what rounding may do: nothing else moved these parameters."
+        )
+    for row in broken:
+        yield (
+            f"The conservation law {row['name']} was broken by something other than the size of the steps: it changed "
+            f"by {number(row['drift'], 3)} in {steps} steps, which explain {number(row['explained'], 3)}; what is left "
+            f"is {number(row['unexplained'], 2)} times what rounding may do."
+        )
+    if broken and not part["same_point"]:
+        yield (
+            "The norm of the parameters is not the one that the tracker's state was saved with: they are of another "
+            "step, or were changed after training."
+        )
+    for reason in dict.fromkeys(row["refused"] for row in part["rows"] if row["refused"]):
+        names = [row["name"] for row in part["rows"] if row["refused"] == reason]
+        others = f" and {count(len(names) - 1)} more" if len(names) > 1 else ""
+        yield f"There is no account of {names[0]}{others}: {reason}."
 
 
 def coupling_cells(row: Mapping[str, Any]) -> tuple[str, str, str, str, str, str]:

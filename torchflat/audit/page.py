@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torchflat.audit import markup
-from torchflat.audit.orbit_words import coupling_cells, laws_sentences, orbit_sentences
+from torchflat.audit.orbit_words import account_sentences, coupling_cells, laws_sentences, orbit_sentences
 from torchflat.audit.profile_words import profile_sentences
 from torchflat.audit.report import PARTS, notes_of, plan_sentence
 from torchflat.numerals import confidence, count, duration, memory, share
@@ -303,6 +303,7 @@ def _orbit_section(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> 
             numbers = "".join(markup.cell(markup.typeset(cell), "n") for cell in cells)
             rows.append(markup.row_header(row["name"], code=True) + markup.cell(kind) + numbers)
         body += markup.table(heads, rows)
+    body += _paragraph(account_sentences(report.get("account")))
     return markup.section("orbit", "What rescaling hides", body + (f"<p>{markup.ending(orbit)}</p>" if orbit else ""))
 
 

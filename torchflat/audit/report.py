@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torchflat.audit.orbit_words import coupling_cells, laws_sentences, orbit_sentences
+from torchflat.audit.orbit_words import account_sentences, coupling_cells, laws_sentences, orbit_sentences
 from torchflat.audit.profile_words import profile_sentences
 from torchflat.errors import UsageError
 from torchflat.numerals import (
@@ -297,7 +297,8 @@ def _orbit_text(report: Mapping[str, Any]) -> Iterator[str]:
         yield from table_lines([row if dead else row[:-1] for row in (head, *rows)], right=(2, 3, 4, 6))
         if len(ranked) > len(rows):
             yield f"… and {count(len(ranked) - len(rows))} more couplings below these"
-    yield from _sentences_text(itertools.chain(orbit_sentences(report.get("orbit")), laws_sentences(laws)))
+    said = orbit_sentences(report.get("orbit")), laws_sentences(laws), account_sentences(report.get("account"))
+    yield from _sentences_text(itertools.chain(*said))
 
 
 def _sentences_text(sentences: Iterable[str]) -> Iterator[str]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from torchflat import ops
+from torchflat.audit.account import account_part, tracker_state
 from torchflat.audit.options import Options, parse_duration
 from torchflat.audit.orbit import contradiction, find_laws, laws_part, orbit_part
 from torchflat.audit.profile import profile_part
@@ -104,9 +105,13 @@ def audit(
         task = load_task(task, task_options) if isinstance(task, str) else task
         model, data = task.make_model(), task.make_data()
         loaded = load_weights(checkpoint, model, options)
+        state = tracker_state(options.tracker or checkpoint, options.tracker is not None, options.trust_pickle)
     f = objective(task, model, data, options, group)
     source = provenance(task, loaded, f, options, command)
-    work = _Audit(f, options, source, progress, started, lambda: find_laws(task, model, data, team=team), model)
+    find = functools.partial(find_laws, task, model, data, team=team)
+    work = _Audit(f, options, source, progress, started, find, model)
+    if state is not None:
+        work.account = lambda: account_part(state, find, model, loaded)
     if resume is not None:
         work.take_over(resume)
     try:
@@ -129,7 +134,7 @@ class _Audit:
         provenance: dict[str, Any],
         progress: Progress | None,
         started: float,
-        find: Callable[[], Laws],
+        find: Callable[..., Laws],
         model: nn.Module,
     ) -> None:
         self.f, self.options, self.provenance, self.progress = f, options, provenance, progress
@@ -138,6 +143,7 @@ class _Audit:
         self.notes: list[str] = list(provenance["notes"])
         self.content: dict[str, Any] = {}
         self.skipped: list[str] = []
+        self.account: Callable[[], dict[str, Any]] | None = None
         self.krylov: Krylov | None = None
         self.top: Tensor | None = None
         self.known: tuple[Tensor, Tensor] | None = None
@@ -158,8 +164,11 @@ class _Audit:
             "variation": self._variation,
             "laws": self._laws,
             "orbit": self._orbit,
+            "account": self._account,
         }
         wanted = ["point", *(part for part in parts if part in self.options.parts)]
+        if self.account is not None:
+            wanted.append("account")
         for part in wanted:
             if part in self.content:
                 continue
@@ -338,6 +347,15 @@ class _Audit:
 
     def _laws(self) -> dict[str, Any] | None:
         return None if self._found_laws is None else laws_part(self._found_laws, self.model)
+
+    def _account(self) -> dict[str, Any] | None:
+        """Check a Tracker's account; None, and a note, where the laws that it is of are not found here."""
+        assert self.account is not None
+        try:
+            return self.account()
+        except (LawsError, UsageError) as error:
+            self.notes.append(f"the tracker's account could not be checked: {error}")
+            return None
 
     def _orbit(self) -> dict[str, Any] | None:
         laws, options = self._found_laws, self.options

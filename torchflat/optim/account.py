@@ -34,8 +34,8 @@ class Account:
     ``refused`` says, by name, which laws have no account any more, and why.
     """
 
-    def __init__(self, sweep: Sweep, moves: Moves, parameters: Mapping[str, Tensor]) -> None:
-        self.sweep, self.moves = sweep, moves
+    def __init__(self, sweep: Sweep, parameters: Mapping[str, Tensor]) -> None:
+        self.sweep = sweep
         self.refused: dict[str, str] = {}
         self.initial: Tensor | None = None
         device = sweep.unit_of.device
@@ -48,7 +48,6 @@ class Account:
         eps = [max(_eps(parameters[m.parameter].dtype) for m in law.members) for law in sweep.laws]
         self._eps = torch.tensor(eps, dtype=torch.float64, device=device)[sweep.owner]
         self._gradient_error = GRADIENT_ERROR * self._eps
-        self._setting: tuple[Any, ...] | None = None
         self._masses: Tensor | None = None
 
     def coarser(self, dtype: torch.dtype) -> None:
@@ -102,18 +101,27 @@ class Account:
             self._eps[:, None] * masses + first_order,
         )
 
-    def changed(self) -> bool:
-        """Whether the setting of the optimizer is another than when it was looked at."""
-        return self.moves.setting() != self._setting
-
-    def look(self) -> None:
+    def look(self, moves: Moves) -> None:
         """Look for laws whose parameters will not be moved by plain steps with a common factor."""
-        self._setting = self.moves.setting()
-        everywhere = self.moves.refusal()
+        everywhere = moves.refusal()
         for law in self.sweep.laws:
-            reason = everywhere or self.moves.refusal_of([m.parameter for m in law.members])
+            reason = everywhere or moves.refusal_of([m.parameter for m in law.members])
             if reason:
                 self.refused.setdefault(law.name, reason)
+
+    def check(self, x: Swept) -> Tensor:
+        """Return |Q(x) − Q(x₀)|, |S| and what is unexplained, of each law at the parameters now: (3, laws)."""
+        assert self.initial is not None
+        drift = x.values - self.initial[:, None]
+        laws, owner, explained = len(self.sweep.laws), self.sweep.law_of, self.explained[:, None]
+        return torch.cat(
+            [
+                _added(drift.square(), owner, laws).sqrt(),
+                _added(explained.square(), owner, laws).sqrt(),
+                self._unexplained(drift - explained, x.masses, self._rounding[:, None]),
+            ],
+            1,
+        ).T
 
     def _statistics(self, x: Swept, explained: Tensor, rounding: Tensor) -> Tensor:
         assert self.initial is not None
@@ -161,10 +169,13 @@ class Account:
         Raises:
             UsageError: the state is of other laws.
         """
-        names = [law.name for law in self.sweep.laws]
-        if list(state["initial"]) != names:
+        own = {
+            law.name: place.stop - place.start for law, place in zip(self.sweep.laws, self.sweep.ranges, strict=True)
+        }
+        other = {name: value.numel() for name, value in state["initial"].items()}
+        if list(other.items()) != list(own.items()):
             raise UsageError(
-                f"the tracker's state has the laws {list(state['initial'])}, and this model {names}: "
+                f"the tracker's state has the laws {_sized(other)}, and this model {_sized(own)}: "
                 "go on with the model that it is of, or give laws="
             )
         self.initial = self._joined(state["initial"])
@@ -184,6 +195,10 @@ class Account:
 
 def _added(values: Tensor, place: Tensor, length: int) -> Tensor:
     return values.new_zeros(length, values.shape[1]).index_add_(0, place, values)
+
+
+def _sized(laws: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} ({size})" for name, size in laws.items()) or "none"
 
 
 def _eps(dtype: torch.dtype) -> float:

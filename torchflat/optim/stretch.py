@@ -11,7 +11,7 @@ from torch import Tensor
 from torchflat.optim.account import Account
 from torchflat.optim.follower import Reading
 from torchflat.optim.history import Cell
-from torchflat.optim.moves import Move
+from torchflat.optim.moves import Move, Moves
 from torchflat.optim.sweep import Swept
 from torchflat.symmetry import Coupling
 
@@ -64,20 +64,20 @@ class Travelled:
         return {"sum_length": self.sums[0], "sum_length_squared": self.sums[1]}
 
 
-def work_out(account: Account, seen: Sequence[Seen], travelled: Travelled) -> Iterator[dict[str, Cell]]:
+def work_out(account: Account, moves: Moves, seen: Sequence[Seen], travelled: Travelled) -> Iterator[dict[str, Cell]]:
     """Enter the steps into the account, in order, and yield the rows; either all of the steps are plain, or none is."""
     rows = [index for index, each in enumerate(seen) if each.x is not None]
     x = account.sweep([each.x for each in seen if each.x is not None])
-    moves = [each.move for each in seen if each.move is not None]
+    plain = [each.move for each in seen if each.move is not None]
     g = factors = None
     lengths: list[float | None] = [None if each.length is None else float(each.length) for each in seen]
-    if moves:
-        g = _unscaled(account.sweep([each.g for each in seen if each.g is not None]), moves)
-        factors = account.moves.factors(moves, g.squares)
-        plain = _total(torch.where(factors != 0, factors.square() * g.squares, 0.0)).sqrt().tolist()
-        lengths = [known if measured is None else measured for measured, known in zip(lengths, plain, strict=True)]
+    if plain:
+        g = _unscaled(account.sweep([each.g for each in seen if each.g is not None]), plain)
+        factors = moves.factors(plain, g.squares)
+        found = _total(torch.where(factors != 0, factors.square() * g.squares, 0.0)).sqrt().tolist()
+        lengths = [known if measured is None else measured for measured, known in zip(lengths, found, strict=True)]
     statistics = account.enter(x, rows, g, factors, len(seen)).tolist()
-    inside = account.moves.inside
+    inside = moves.inside
     parameter_norms = _total(x.squares[:inside]).sqrt().tolist()
     sums = [travelled.add(length) for length in lengths]
     row = 0

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
+from torchflat import ops
 from torchflat.errors import UsageError
 from torchflat.objective import Objective
 from torchflat.objective.evaluation import unwrapped
@@ -127,6 +128,8 @@ class Tracker:
         self._autocast: torch.dtype | None = None
         self._account: Account | None = None
         self._loaded: Mapping[str, Any] | None = None
+        self._moves = Moves(optimizer, self._parameters)
+        self._setting: tuple[Any, ...] | None = None
         self._pending: list[Seen] = []
         self._travelled = Travelled()
         self._loss: Tensor | float | None = None
@@ -260,8 +263,8 @@ class Tracker:
         ended = [each for each in self._pending if not each.open]
         self._pending = [each for each in self._pending if each.open]
         alarms: list[Alarm] = []
-        for row in work_out(self._account, ended, self._travelled) if ended else ():
-            inside = list(self._parameters)[: self._account.moves.inside]
+        inside = list(self._parameters)[: self._moves.inside]
+        for row in work_out(self._account, self._moves, ended, self._travelled) if ended else ():
             bound = self._watch.bound(self._account.sweep.laws, row, inside)
             if bound is not None:
                 row["norm_bound"] = bound
@@ -281,10 +284,12 @@ class Tracker:
         # The first row at once, as that is where most is said.
         if self._pending and (self.steps - self._pending[0].step >= STRETCH or not self._history.rows):
             self.flush()
-        if account.changed():
+        setting = self._moves.setting()
+        if setting != self._setting:
             self.flush()
-            account.look()
-        plain = account.moves.refusal() is None
+            account.look(self._moves)
+            self._setting = setting
+        plain = self._moves.refusal() is None
         recorded = self.steps % self.every == 0
         if plain or recorded or self._measures_steps:
             gradients = [parameter.grad for parameter in self._parameters.values()]
@@ -293,9 +298,9 @@ class Tracker:
                 x=account.sweep.read(self._tensors()) if recorded else None,
                 g=account.sweep.read(gradients) if plain else None,
                 squares=account.sweep.squares(gradients) if recorded and not plain else None,
-                move=account.moves.next() if plain else None,
+                move=self._moves.next() if plain else None,
                 rates=rates(self.optimizer) if recorded else {},
-                edge_rate=None if plain else account.moves.edge_rate(),
+                edge_rate=None if plain else self._moves.edge_rate(),
                 loss=self._loss,
                 reading=self._follower.measure(self.steps, self._parameters) if recorded and self._follower else None,
             )
@@ -309,8 +314,7 @@ class Tracker:
         if self._laws is None:
             self._laws = self._found()
         self._example = None
-        moves = Moves(self.optimizer, self._parameters)
-        account = Account(Sweep(self._laws, self._parameters), moves, self._parameters)
+        account = Account(Sweep(self._laws, self._parameters), self._parameters)
         if self._autocast is not None:
             account.coarser(self._autocast)
         if self._loaded:
@@ -334,7 +338,8 @@ class Tracker:
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs to go on as if it had not ended: tensors, numbers and words.
 
-        Its ``account`` has Q(x₀) and Σα²Q(ĝ) of each law, so that an audit can check a checkpoint against them.
+        Its ``account`` has Q(x₀) and Σα²Q(ĝ) of each law, against which an audit checks the checkpoint that it is saved
+        with: ``torch.save({"model": model.state_dict(), "tracker": tracker.state_dict()}, path)``.
         """
         return {
             "version": VERSION,
@@ -345,6 +350,8 @@ class Tracker:
             "loss_comes_first": self._loss_comes_first,
             "watch": self._watch.state_dict(),
             "follower": self._follower and self._follower.state_dict(),
+            "parameter_norm": float(ops.norm(self._tensors())),
+            "names": list(self._parameters),
             "account": self._loaded if self._account is None else self._account.state_dict(),
         }
 
