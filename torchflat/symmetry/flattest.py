@@ -32,6 +32,8 @@ STEPS, FRESH = 14, 0.1
 SETTLED = 1 / 5
 # Shares of the tolerance: for the model to agree with H at its own minimum, and for the last recomputation.
 AGREEMENT, RECOMPUTATION = 1 / 4, 1 / 4
+# What a fresh run at the model's minimiser finds beyond the model, as a share of the tolerance, makes the search go on.
+WRONG = 1 / 2
 # The smoothing's power is this over rtol.
 SHARPNESS_OF_SMOOTHING = 8.0
 # Gradients kept back for the last recomputation, as a share of the budget and at most.
@@ -182,22 +184,30 @@ class _Search:
     def solve(self, run: Run) -> Flattest:
         self.power = SHARPNESS_OF_SMOOTHING / run.rtol
         before = self._first(run)
-        settled = self.trivial = not (len(self.model.rows) and before.value > 0 and bool(self.group.free.any()))
-        goes_on, first, best = not settled, True, (math.inf, self.z)
+        self.trivial = not (len(self.model.rows) and before.value > 0 and bool(self.group.free.any()))
+        settled = self.over = self.trivial
         with self.h.memory.vectors_held(2 * self.rows * self.h.n * self.h.dtype.itemsize):
-            while goes_on:
-                self.z = minimised(self.model, self.z, self.power, self.most, warm=not first)
-                first = False
-                predicted = self._size(self.model.eigenpairs(self.z)[0])
-                found = self._round(run)
-                best = min(best, (found, self.z), key=operator.itemgetter(0))
-                settled = abs(found - predicted) <= AGREEMENT * run.rtol * found
-                goes_on = not settled and not self._over(run)
-            if self.proof and not self.trivial:
-                # What the last run showed costs no product to take into account.
-                self.least = minimised(self.model, self.z, self.power, self.most, warm=True)
-            self.z = self.least if self.proof and settled else best[1]
-            return self._answer(run, before, settled)
+            recomputed = None if before.value > 0 else before
+            while recomputed is None:
+                settled = self.trivial or self._settle(run)
+                recomputed = self._recomputed(run)
+            return self._answer(run, before, recomputed, settled)
+
+    def _settle(self, run: Run) -> bool:
+        """Go to the model's minimiser and show the model what it lacks there, until they agree or all is spent."""
+        settled, best = False, (math.inf, self.z)
+        while not (settled or self.over):
+            self.z = minimised(self.model, self.z, self.power, self.most, warm=len(self.history) > 1)
+            predicted = self._size(self.model.eigenpairs(self.z)[0])
+            found = self._round(run)
+            best = min(best, (found, self.z), key=operator.itemgetter(0))
+            settled = abs(found - predicted) <= AGREEMENT * run.rtol * found
+            self.over = self._over(run)
+        if self.proof:
+            # What the last run showed costs no product to take into account.
+            self.least = minimised(self.model, self.z, self.power, self.most, warm=True)
+        self.z = self.least if self.proof and settled else best[1]
+        return settled
 
     def _first(self, run: Run) -> Sharpness:
         """Find λ₁ of the point itself, and begin the model with that run."""
@@ -298,9 +308,7 @@ class _Search:
             return 0.0
         return float(values.abs().max() if self.norm else values[0])
 
-    def _answer(self, run: Run, before: Sharpness, settled: bool) -> Flattest:
-        x = self.group.move(self.h.x, self.z)
-        recomputed = self._recomputed(run, x) if before.value > 0 else before
+    def _answer(self, run: Run, before: Sharpness, recomputed: Sharpness, settled: bool) -> Flattest:
         bottom, top = self.ends
         value = max(recomputed.value, -bottom) if self.norm else recomputed.value
         lower = self._lower(recomputed)
@@ -310,7 +318,7 @@ class _Search:
         else:
             tight = recomputed.upper - lower <= run.rtol * abs(value) or (self.trivial and recomputed.status.ok)
             status = Status.CONVERGED if tight else Status.BUDGET
-        names, parts = self.h.layout.names, self.h.layout.split(x)
+        names, parts = self.h.layout.names, self.h.layout.split(self.group.move(self.h.x, self.z))
         return Flattest(
             value=value,
             lower=lower,
@@ -330,12 +338,24 @@ class _Search:
             history=tuple(self.history),
         )
 
-    def _recomputed(self, run: Run, x: Tensor) -> Sharpness:
-        """Compute λ₁ at x by products there, from the model's top vectors and a random one."""
-        moved = self.h.at(x)
+    def _recomputed(self, run: Run) -> Sharpness | None:
+        """Compute λ₁ by products at the point itself; None where that shows the model to be wrong, and it can go on.
+
+        Runs that start from the model's own vectors may miss others that have risen: this one starts at random too.
+        """
+        moved = self.h.at(self.group.move(self.h.x, self.z))
         self._check_unchanged(moved)
-        left = max(run.budget - run.cost.gradients, 20.0)
-        with Krylov.of(moved, self.seed, "flattest/recomputed", start=self._mixture(), fresh=1.0) as krylov:
+        allowed = math.inf if self.over else (1 + WRONG * run.rtol) * self._size(self.model.eigenpairs(self.z)[0])
+        with Krylov.of(
+            moved, self.seed, f"flattest/recomputed/{len(self.history)}", start=self._mixture(), fresh=1.0
+        ) as krylov:
+            while not (krylov.exhausted or krylov.full) and krylov.steps < STEPS:
+                krylov.step()
+                if self._size(krylov.ritz()[0].flip(0)) > allowed:
+                    self._take_up(krylov, run)
+                    self.model.compress(self.z, self.rows, FAINT)
+                    return None
+            left = max(run.budget - run.cost.gradients, 20.0)
             answer = sharpness(
                 moved, RECOMPUTATION * run.rtol, run.confidence, "lanczos", krylov=krylov, budget=left, atol=0.0
             )
