@@ -1,6 +1,6 @@
 """Time a product whose graph is rebuilt against the size of the micro-batch's graph: what `objective/plan.py` rests on.
 
-    python benchmarks/microbatch.py [--threads 1] [--rounds 3]
+    python -m benchmarks.microbatch [--threads 1] [--rounds 3]
 
 Sizes take turns, round by round, and each goes through the same rows. The table has the least time per row of each size
 over the fastest size, for networks whose graphs take from 2 KiB to 5 MiB a row; `*` marks the size that the plan takes.

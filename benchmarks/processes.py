@@ -1,6 +1,6 @@
 """Time Hessian-vector products of one process against several that share the rows, one thread each.
 
-    python benchmarks/processes.py [--processes 2] [--rounds 5] [--rows 4000] [--width 784] [--depth 6]
+    python -m benchmarks.processes [--processes 2] [--rounds 5] [--rows 4000] [--width 784] [--depth 6]
 
 On a ReLU network of `depth` layers, graphs retained. One process and the team of all run in turn, round by round, so
 that a busy moment hits both; a speedup is the median over the rounds. Where other programs share the cores, the second

@@ -1,6 +1,6 @@
 """Time gradients and Hessian-vector products, side by side with other libraries where they are installed.
 
-    python benchmarks/products.py [--threads 2] [--rounds 9] [--rows 1000] [--width 784] [--depth 6]
+    python -m benchmarks.products [--threads 2] [--rounds 9] [--rows 1000] [--width 784] [--depth 6]
 
 On a ReLU network of `depth` layers, all rows in one micro-batch. The rows of the table run in turn, round by round,
 so that a busy moment hits all of them; ms are medians over the rounds, and a ratio is the median over the rounds of the

@@ -1,6 +1,6 @@
 """The flatness profile of a trained MNIST classifier of 535 818 parameters: what it costs, and whether it is right.
 
-    python -m benchmarks.profile [--rows 5000] [--out FILE]
+    python -m benchmarks.flatness [--rows 5000] [--out FILE]
 
 ``variation`` at 8 radii is checked twice: the loss is evaluated anew at every point that it returned, and the values
 are compared with the maximum of |gᵀu + ½uᵀHu| over the ball, within a Krylov space of H grown from g by a run of its
@@ -109,7 +109,7 @@ def copies(f: Objective) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=5000)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "profile.json")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "flatness.json")
     options = parser.parse_args()
     f = trained(options.rows)
     result = {
