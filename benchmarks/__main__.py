@@ -10,7 +10,7 @@ ALL = (
     "optimizer_step",
     "calibration",
     "pairs",
-    "profile",
+    "flatness",
     "tracking",
     "sharpness --quick",
     "optimizers --quick",
