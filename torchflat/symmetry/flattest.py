@@ -346,23 +346,27 @@ class _Search:
         moved = self.h.at(self.group.move(self.h.x, self.z))
         self._check_unchanged(moved)
         allowed = math.inf if self.over else (1 + WRONG * run.rtol) * self._size(self.model.eigenpairs(self.z)[0])
-        with Krylov.of(
-            moved, self.seed, f"flattest/recomputed/{len(self.history)}", start=self._mixture(), fresh=1.0
-        ) as krylov:
+        stream = f"flattest/recomputed/{len(self.history)}"
+        with Krylov.of(moved, self.seed, stream, start=self._mixture(), fresh=1.0) as krylov:
             while not (krylov.exhausted or krylov.full) and krylov.steps < STEPS:
                 krylov.step()
                 if self._size(krylov.ritz()[0].flip(0)) > allowed:
-                    self._take_up(krylov, run)
-                    self.model.compress(self.z, self.rows, FAINT)
-                    return None
+                    return self._go_on(krylov, run)
             left = max(run.budget - run.cost.gradients, 20.0)
             answer = sharpness(
                 moved, RECOMPUTATION * run.rtol, run.confidence, "lanczos", krylov=krylov, budget=left, atol=0.0
             )
+            if answer.value > allowed and krylov.steps <= self.rows:
+                return self._go_on(krylov, run)
             values = krylov.ritz()[0]
             self.ends = float(values[0]), float(values[-1])
             self.products += krylov.steps
         return answer
+
+    def _go_on(self, krylov: Krylov, run: Run) -> None:
+        """Show the model what a run at the point found, which is then no answer yet."""
+        self._take_up(krylov, run)
+        self.model.compress(self.z, self.rows, FAINT)
 
     def _check_unchanged(self, moved: Objective) -> None:
         before, after = self.h.value(), moved.value()
