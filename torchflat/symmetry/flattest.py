@@ -252,8 +252,7 @@ class _Search:
                 if krylov.steps > 3 and float(krylov.residuals()[-1]) <= SETTLED * run.rtol * size:
                     break
             found = self._size(krylov.ritz()[0].flip(0))
-            self._take_up(krylov, run)
-        self.model.compress(self.z, self.rows, FAINT)
+            self._show(krylov, run)
         return found
 
     def _take_up(self, krylov: Krylov, run: Run) -> None:
@@ -351,20 +350,22 @@ class _Search:
             while not (krylov.exhausted or krylov.full) and krylov.steps < STEPS:
                 krylov.step()
                 if self._size(krylov.ritz()[0].flip(0)) > allowed:
-                    return self._go_on(krylov, run)
+                    self._show(krylov, run)
+                    return None
             left = max(run.budget - run.cost.gradients, 20.0)
             answer = sharpness(
                 moved, RECOMPUTATION * run.rtol, run.confidence, "lanczos", krylov=krylov, budget=left, atol=0.0
             )
             if answer.value > allowed and krylov.steps <= self.rows:
-                return self._go_on(krylov, run)
+                self._show(krylov, run)
+                return None
             values = krylov.ritz()[0]
             self.ends = float(values[0]), float(values[-1])
             self.products += krylov.steps
         return answer
 
-    def _go_on(self, krylov: Krylov, run: Run) -> None:
-        """Show the model what a run at the point found, which is then no answer yet."""
+    def _show(self, krylov: Krylov, run: Run) -> None:
+        """Let the model take up what a run at z found, and drop what has become faint there."""
         self._take_up(krylov, run)
         self.model.compress(self.z, self.rows, FAINT)
 
