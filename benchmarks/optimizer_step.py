@@ -1,6 +1,6 @@
 """Time a step of NormalizedGD against clipping and SGD, and against a C loop that reads and writes the same bytes.
 
-    python -m benchmarks.optimizer_step [--threads 1] [--rounds 15] [--clock wall]
+    python -m benchmarks.optimizer_step [--threads 1] [--rounds 15] [--clock wall] [--in-a-row 1]
 
 All run in turn, round by round, so that a busy moment hits all of them; ms are medians over the rounds and ratios are
 medians of the ratios of each round. `SGD / step` compares clip_grad_norm_ and SGD, both foreach, with a step; `SGD / C`
@@ -8,6 +8,9 @@ is what this could be at most, for the loop has nothing around it: no lists of t
 besides: `kernel` is its one call of a compiled kernel, `lists` the part of that which hands over the tensors (a call on
 as many empty ones), and `idle` a step of a torch.optim.Optimizer that looks at its gradients and does nothing. GB/s are
 those of the C loop.
+
+With `--in-a-row 5` each runs five times before the next has its turn, and the last is timed: as in a loop of its own,
+where what fits into a cache is found there. Otherwise each finds what the others left, as after a backward pass.
 
 On a machine that does other work too, `--clock thread` counts the time in which the one thread really ran.
 """
@@ -148,6 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--in-a-row", type=int, default=1)
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
     options = parser.parse_args()
     if options.clock == "thread" and options.threads > 1:
@@ -156,7 +160,9 @@ def main() -> None:
         parser.error(f"no compiled kernels: {ops.describe()['cpu']['reason']}")
     torch.manual_seed(0)
     clock = CLOCKS[options.clock]
-    print(f"torch {torch.__version__}, {options.threads} threads, {options.rounds} rounds, {options.clock} clock\n")
+    print(
+        f"torch {torch.__version__}, {options.threads} threads, {options.rounds} rounds, {options.in_a_row} in a row, {options.clock} clock\n"
+    )
     columns = ["parameters", *(f"{way} ms" for way in SHOWN), "C GB/s", *(" / ".join(ratio) for ratio in RATIOS)]
     print(f"| {' | '.join(columns)} |\n|---|{'--:|' * (len(columns) - 1)}")
     with tempfile.TemporaryDirectory() as folder:
@@ -168,7 +174,10 @@ def main() -> None:
             tensors = make()
             elements = sum(tensor.numel() for tensor in tensors)
             calls = ways(tensors, library)
-            rounds = [_round(calls, clock) for _ in range(3 + options.rounds * (20 if elements < 1e6 else 1))][3:]
+            rounds = [
+                _round(calls, clock, options.in_a_row)
+                for _ in range(3 + options.rounds * (20 if elements < 1e6 else 1))
+            ][3:]
             medians = {way: 1e3 * statistics.median(each[way] for each in rounds) for way in calls}
             ratios = [statistics.median(each[above] / each[below] for each in rounds) for above, below in RATIOS]
             times = [f"{medians[way]:.3f}" for way in SHOWN]
@@ -176,9 +185,11 @@ def main() -> None:
             print(f"| {' | '.join([name, *times, speed, *(f'{ratio:.2f}' for ratio in ratios)])} |", flush=True)
 
 
-def _round(calls: dict[str, Callable[[], object]], clock: Callable[[], float]) -> dict[str, float]:
+def _round(calls: dict[str, Callable[[], object]], clock: Callable[[], float], in_a_row: int) -> dict[str, float]:
     seconds = {}
     for way, call in calls.items():
+        for _ in range(in_a_row - 1):
+            call()
         start = clock()
         call()
         seconds[way] = clock() - start
