@@ -160,9 +160,8 @@ def main() -> None:
         parser.error(f"no compiled kernels: {ops.describe()['cpu']['reason']}")
     torch.manual_seed(0)
     clock = CLOCKS[options.clock]
-    print(
-        f"torch {torch.__version__}, {options.threads} threads, {options.rounds} rounds, {options.in_a_row} in a row, {options.clock} clock\n"
-    )
+    how = f"{options.threads} threads, {options.rounds} rounds, {options.in_a_row} in a row, {options.clock} clock"
+    print(f"torch {torch.__version__}, {how}\n")
     columns = ["parameters", *(f"{way} ms" for way in SHOWN), "C GB/s", *(" / ".join(ratio) for ratio in RATIOS)]
     print(f"| {' | '.join(columns)} |\n|---|{'--:|' * (len(columns) - 1)}")
     with tempfile.TemporaryDirectory() as folder:
