@@ -268,6 +268,17 @@ def test_momentum_that_comes_later_ends_the_account() -> None:
     assert set(tracker.refused) == {"0 → 2", "2 → 4"} and tracker.alarms == []
 
 
+def test_parameters_that_are_added_later_end_the_account() -> None:
+    model = network()
+    optimizer = NormalizedGD([*model[0].parameters(), *model[2].parameters()], lr=0.05)
+    with silent(model, optimizer) as tracker:
+        train(model, optimizer, batches(3), tracker)
+        assert "0 → 2" not in tracker.refused
+        optimizer.add_param_group({"params": model[4].parameters()})
+        train(model, optimizer, batches(20), tracker)
+    assert "were added to the optimizer" in tracker.refused["0 → 2"] and tracker.alarms == []
+
+
 @pytest.mark.parametrize("overflow", [False, True])
 def test_a_grad_scaler_is_seen_through_also_where_the_optimizer_unscales(overflow: bool) -> None:
     model = network()

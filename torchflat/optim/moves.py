@@ -61,6 +61,8 @@ class Moves:
         for name, words in (("momentum", "momentum"), ("weight_decay", "weight decay")):
             if any(group[name] for group in optimizer.param_groups):
                 return f"{words} was used"
+        if sum(len(group["params"]) for group in optimizer.param_groups) != self.inside:
+            return "parameters were added to the optimizer after the tracker was made"
         return None
 
     def refusal_of(self, members: Sequence[str]) -> str | None:
@@ -82,9 +84,10 @@ class Moves:
     def setting(self) -> tuple[Any, ...]:
         """Return what refusals depend on, so that they need to be asked for only where it changes."""
         keys = ("lr", "decay", "norm", "momentum", "weight_decay", "maximize")
-        settings = [tuple(group.get(key) for key in keys) for group in self._optimizer.param_groups]
+        groups = self._optimizer.param_groups
+        settings = [(len(group["params"]), *(group.get(key) for key in keys)) for group in groups]
         # One group moves all of its parameters alike, whatever its rate.
-        return tuple(each[1:] for each in settings) if len(settings) == 1 else tuple(settings)
+        return (settings[0][0], *settings[0][2:]) if len(settings) == 1 else tuple(settings)
 
     def next(self) -> Move:
         """Return the plain step to come."""
