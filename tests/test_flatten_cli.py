@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import run
+from command_line import one_line, run
 from safetensors.torch import load_file, save_file
 
 from torchflat.audit.flatten import flatten_checkpoint
@@ -160,6 +160,15 @@ def test_an_l2_term_is_left_out_with_a_note(place: Path, capsys: pytest.CaptureF
     content = found(capsys)
     assert content["orbit"]["value"] == pytest.approx(8, rel=1e-3)
     assert any("weight_decay=0.1" in note for note in content["provenance"]["notes"])
+
+
+def test_json_that_could_not_be_written_stops_it_before_the_work(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert flatten("--json", "no/such/folder.json") == 2
+    one_line(capsys, "cannot write no/such/folder.json")
+    assert not Path("b.safetensors").exists()
+    assert flatten("--json", "found.json") == 0 and Path("found.json").exists()
 
 
 def test_nothing_is_overwritten_without_force(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

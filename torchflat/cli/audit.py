@@ -20,7 +20,7 @@ from torchflat.audit.report import Report
 from torchflat.audit.run import Interrupted, audit
 from torchflat.audit.task import Task
 from torchflat.cli.folder import claim, discard_if_empty, fresh, latest_partial, write_text
-from torchflat.cli.output import show
+from torchflat.cli.output import check_writable, show
 from torchflat.cli.progress import Bars, say
 from torchflat.cli.subject import named
 from torchflat.distributed import Team
@@ -67,6 +67,7 @@ class Audit:
         with team.interrupted_together():
             with team.together():
                 conditions, task, checkpoint, files = self._request()
+            team.on_first(lambda: check_writable(self.json))
             folder, earlier = team.on_first(self._folder)
             try:
                 if files and files != [Path(str(checkpoint))]:

@@ -15,7 +15,7 @@ from torchflat.audit.comparison_report import ComparisonReport
 from torchflat.audit.options import CompareOptions
 from torchflat.cli.flags import key_values
 from torchflat.cli.folder import claim, discard_if_empty, fresh
-from torchflat.cli.output import show
+from torchflat.cli.output import check_writable, show
 from torchflat.cli.progress import Bars, say
 from torchflat.distributed import Team
 from torchflat.errors import UsageError
@@ -66,6 +66,7 @@ class Compare:
                     "checkpoints hold weights only: name their model, loss and data with --task file.py:function "
                     "(torchflat compare --help)"
                 )
+            team.on_first(lambda: check_writable(self.json))
             folder = team.on_first(lambda: claim(Path(self.out), self.force) if self.out else fresh("compare"))
             try:
                 report = self._compared(self.task)

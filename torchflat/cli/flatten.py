@@ -15,7 +15,7 @@ from torchflat.audit.flatten import flatten_checkpoint
 from torchflat.audit.options import FlattenOptions
 from torchflat.audit.orbit_words import orbit_sentences
 from torchflat.audit.report import footer_text, table_lines, wrapped
-from torchflat.cli.output import show
+from torchflat.cli.output import check_writable, show
 from torchflat.cli.progress import Bars, say
 from torchflat.cli.subject import named
 from torchflat.distributed import Team
@@ -66,6 +66,7 @@ class Flatten:
     def _flattened(self, team: Team, out: str) -> dict[str, Any]:
         with team.together():
             task, checkpoint = named(self.task, self.task_option, self.checkpoint, "flatten")
+        team.on_first(lambda: check_writable(self.json))
         with Bars() as bars:
             return flatten_checkpoint(
                 task,

@@ -14,7 +14,7 @@ from torchflat.audit.orbit import find_laws, laws_part
 from torchflat.audit.orbit_words import law_rows, laws_sentences
 from torchflat.audit.report import table_lines, wrapped
 from torchflat.audit.subject import load_weights, picked
-from torchflat.cli.output import show
+from torchflat.cli.output import check_writable, show
 from torchflat.cli.progress import Bars
 from torchflat.cli.subject import named
 
@@ -48,6 +48,7 @@ class Laws:
     def run(self) -> int:
         """Find, print, and return the exit code."""
         task, checkpoint = named(self.task, self.task_option, self.checkpoint, "laws")
+        check_writable(self.json)
         model = task.make_model()
         loaded = load_weights(checkpoint, model, Setting(key=self.key, trust_pickle=self.trust_pickle))
         with Bars() as bars:

@@ -6,8 +6,27 @@ from collections.abc import Callable
 from pathlib import Path
 
 from torchflat.cli.folder import write_text
+from torchflat.errors import UsageError
 
-__all__ = ["show"]
+__all__ = ["check_writable", "show"]
+
+
+def check_writable(json: str | None) -> None:
+    """Find out before the work that the JSON can be written after it.
+
+    Raises:
+        UsageError: the file that ``json`` names cannot be written.
+    """
+    if json is None or json == "-":
+        return
+    path = Path(json)
+    new = not path.exists()
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+    if new:
+        path.unlink()
 
 
 def show(text: Callable[[], str], content: str, json: str | None) -> None:
