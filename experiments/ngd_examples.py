@@ -185,6 +185,7 @@ class Config:
     long: int
     lengths: tuple
     exponents: tuple
+    constants: tuple
     hovering: tuple
     factorisations: int
 
@@ -196,7 +197,7 @@ def run(config: Config, cells: Cells) -> dict[str, Any]:
         key("product", config.steps, lr, decay) for lr, decay in itertools.product(config.lengths, config.exponents)
     ]
     keys += [key("product", config.long, lr, decay) for lr, decay in ((1.0, 0.25), *SHORT)]
-    keys += [key("product", round(100 / lr**2), lr, 0.0) for lr in (0.4, 0.2, 0.1)]
+    keys += [key("product", round(100 / lr**2), lr, 0.0) for lr in config.constants]
     keys += [key(name, 10_000, 0.1, 0.0) for name in config.hovering]
     keys += [key("cubic", config.long), *(key("quartic", config.long, decay=q) for q in (1 / 6, 0.5))]
     keys += [key(name, config.long, decay=0.4) for name in (*ABSOLUTE, CLARKE)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,16 +18,16 @@ __all__ = ["draw"]
 # What is smaller is drawn here.
 FLOOR = 1e-16
 WINDOWS = {
-    "product": ((0, 4), (0, 2)),
-    "parabola": ((-1, 2), (-0.7, 3.2)),
-    "ellipse": ((-0.4, 1.6), (-0.7, 1)),
+    "product": ((0, 4), (-0.5, 2)),
+    "parabola": ((-1, 2.8), (-0.7, 3.2)),
+    "ellipse": ((-0.4, 1.6), (-1.3, 1)),
     "hyperbola": ((0.3, 3), (-0.8, 1.9)),
-    "cubic": ((-0.1, 1.5), (-0.1, 1.5)),
+    "cubic": ((-0.1, 1.7), (-0.1, 1.9)),
     "quartic": ((-0.5, 3.6), (-0.9, 0.9)),
 }
 QUANTITIES = {
     "product": "|x₁² − x₂²|",
-    "parabola": "x₁²e^{4x₂}",
+    "parabola": "x₁² exp(4x₂)",
     "ellipse": "x₂²/|x₁|⁶",
     "hyperbola": "x₂²|x₁|⁴",
     "cubic": "|1/x₁ − 1/x₂|",
@@ -77,7 +78,7 @@ def quantities(plane: dict[str, Any]) -> Figure:
                 ("normalised", BLUE, "normalised steps"),
                 ("plain", ORANGE, "gradient descent"),
             ):
-                values = [max(value, FLOOR) for value in c[method]]
+                values = [value if value > FLOOR else math.nan for value in c[method]]
                 place.plot([1 + every[method] * k for k in range(len(values))], values, color=colour, label=label)
             logarithmic(place)
             powers(place, "x", 1, 1e4)
@@ -104,7 +105,7 @@ def ends_of_starts(data: dict[str, Any]) -> Figure:
         place.set_yticks(range(len(names)), [FORMULAS[name] for name in names])
         place.invert_yaxis()
         place.set(
-            xlabel=f"distance to the flat minima along the valley ({FLOOR:g} and less: left edge)",
+            xlabel="distance to the flat minima along the valley (less than 10⁻¹⁶: left edge)",
             title="Where 100 starts end",
         )
         place.grid(axis="y", visible=False)
@@ -130,15 +131,15 @@ def steps(data: dict[str, Any]) -> Figure:
         exponents.set(
             xlabel="exponent q",
             ylabel="median distance along the valley",
-            title=f"(x₁x₂ − 1)²: steps α/(k + 1)^q, K = {data['steps']:,}".replace(",", " "),
+            title=f"(x₁x₂ − 1)²: {data['steps']} steps of length α/(k + 1)^q",
         )
         exponents.legend(loc="lower right")
 
         hovering = [run for run in runs if run["key"]["decay"] == 0 and run["key"]["problem"] == "product"]
-        for run in sorted(hovering, key=lambda run: run["key"]["lr"]):
+        hovering.sort(key=lambda run: run["key"]["lr"])
+        for run, colour in zip(hovering, (INK, GREEN, BLUE), strict=False):
             alpha = run["key"]["lr"]
             far = sorted(each / alpha for each in run["distance"])
-            colour = {0.1: INK, 0.2: GREEN, 0.4: BLUE}[alpha]
             constant.plot(range(1, 101), far, color=colour, label=f"α = {alpha:g}")
         constant.axhline(1, color=GREY, linewidth=1, linestyle="--")
         constant.set(
