@@ -52,12 +52,14 @@ def normalized(
     return x.detach()
 
 
-def plain(f: Scalar, x: Tensor, steps: int, lr: float) -> Tensor:
-    """Take steps of gradient descent, of size ``lr``, from every row of x."""
+def plain(f: Scalar, x: Tensor, steps: int, lr: float, watch: Callable[[int, Tensor], None] | None = None) -> Tensor:
+    """Take steps of gradient descent, of size ``lr``, from every row of x; ``watch`` sees k and x before each."""
     x = x.clone().requires_grad_()
     compute = gradients(f, x.detach())
     optimizer = torch.optim.SGD([x], lr=lr)
-    for _ in range(steps):
+    for step in range(steps):
+        if watch:
+            watch(step, x.detach())
         x.grad = compute(x.detach())
         optimizer.step()
     return x.detach()

@@ -41,6 +41,7 @@ except ModuleNotFoundError:  # Python 3.10
 __all__ = ["CONFIGS", "NAMES", "Experiment", "conduct", "configure", "load", "redraw"]
 
 NAMES = (
+    "escape_to_infinity",
     "flat_gd",
     "flattening_flow",
     "ngd_examples",
