@@ -225,9 +225,9 @@ def draw(data: dict[str, Any]) -> Mapping[str, Figure]:
                 norms.plot(place, run["share"], color=colour, label=label)
         powers(drift, "x", 0.2, 1.2)
         logarithmic(drift)
-        drift.set(xlabel="step / largest step", ylabel="drift", title="What is conserved drifts by O(step)")
-        drift.legend(loc="upper left")
+        drift.set(xlabel="step / largest step", ylabel="drift", title="What is conserved drifts", ylim=(1e-4, 1))
+        drift.legend(loc="lower right")
         norms.axhline(1, color=INK, linewidth=1, linestyle="--")
-        norms.set(xlabel="share of the descent", ylabel="norms⁴ / bound", title="Norms stay bounded", ylim=(0, 1.1))
+        norms.set(xlabel="time, relative", ylabel="norms⁴ / bound", title="Norms stay bounded", ylim=(0, 1.1))
         norms.legend(loc="center right")
     return {"escape_bounded": figure}
