@@ -42,6 +42,7 @@ __all__ = ["CONFIGS", "NAMES", "Experiment", "conduct", "configure", "load", "re
 
 NAMES = (
     "escape_to_infinity",
+    "flat_but_unbalanced",
     "flat_gd",
     "flattening_flow",
     "ngd_examples",
