@@ -95,6 +95,7 @@ CLAIMS = (
         corrected=(math.sqrt(0.5) - 1e-4, math.sqrt(0.5) + 1e-4),
     ),
     Claim("hull_vector", "… and 0 the C of a mixture of them: ‖·‖_F", "T018", (0, 1e-6)),
+    Claim("learned", "denoisers learn: larger loss over that of the mean image", "T072", (0, 1)),
     Claim("same", "trained denoisers compute the same balanced or flattest: largest change", "T084", (0, 1e-4)),
     Claim("balanced", "… balanced: largest Σ|C|/|x|²", "T019, T089", (0, 1e-5)),
     Claim("SGD_headroom", "SGD: λ₁/λ₁★, some of it is scaling", "T089", (1.1, math.inf)),
@@ -211,13 +212,16 @@ def conserved(v: Tensor) -> Tensor:
 
 
 def denoiser(depth: int, width: int, seed: int) -> nn.Sequential:
-    """Make a ReLU network without biases from 784 pixels to 784, with He's initial weights."""
+    """Make a ReLU network without biases from 784 pixels to 784, orthogonal at first.
+
+    With He's weights SGD at ½ kills all units of a network that is so narrow.
+    """
     torch.manual_seed(seed)
     sizes = [784, *(depth - 1) * [width], 784]
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(sizes):
         layers += [nn.Linear(inputs, outputs, bias=False), nn.ReLU()]
-        nn.init.kaiming_normal_(layers[-2].weight, nonlinearity="relu")
+        nn.init.orthogonal_(layers[-2].weight)
     return nn.Sequential(*layers[:-1])
 
 
@@ -241,6 +245,7 @@ def trained_network(key: Key, scratch: Path) -> dict[str, Any]:
         ]
     return {
         "losses": losses,
+        "variance": float(images.var(0, unbiased=False).mean()),
         "trained": answer.before.value,
         "balanced": sharpness(Objective(moved, F.mse_loss, rows)).value,
         "flattest": answer.value,
@@ -302,6 +307,7 @@ def measure(data: dict[str, Any]) -> Mapping[str, float]:
         "flat_vectors": min(determinants["moved"]) / determinants["values"][0],
         "single_vector": min(determinants["single"]),
         "hull_vector": determinants["mixed"],
+        "learned": max(run["losses"][-1] / run["variance"] for run in networks.values()),
         "same": max(run["change"] for run in networks.values()),
         "balanced": max(run["residual"] for run in networks.values()),
         "SGD_headroom": ratios["SGD"]["trained"],
