@@ -319,6 +319,32 @@ def measure(data: dict[str, Any]) -> Mapping[str, float]:
 
 
 def draw(data: dict[str, Any]) -> Mapping[str, Figure]:
+    return {"flat_but_unbalanced": unbalanced(data), "flat_counterexamples": counterexamples(data)}
+
+
+def counterexamples(data: dict[str, Any]) -> Figure:
+    """Draw both functions for which the theorems fail: flat where no single C(v) vanishes."""
+    maximum, determinants = data["maximum"], data["determinants"]
+    with panels(13, 4, columns=3) as (figure, (slope, gradients, vectors)):
+        slope.plot(maximum["t"], maximum["slopes"], "o-", color=BLUE)
+        slope.set(xlabel="place t on the orbit", ylabel="lip f", title="Maximum of three: flat at t = 1")
+        gradients.plot(range(1, 1 + len(maximum["C"])), maximum["C"], "o", color=BLUE, label="C(v)")
+        gradients.axhline(0, color=ORANGE, linestyle="--", label="printed: some C(v) = 0")
+        gradients.set_xticks(range(1, 1 + len(maximum["C"])))
+        gradients.set(xlabel="maximal subgradient v at t = 1", ylabel="C(v)", title="0 is in the hull only")
+        gradients.set(ylim=(-5, 5), xlim=(0.5, len(maximum["C"]) + 0.5))
+        gradients.legend(loc="upper left")
+        angles = torch.linspace(0, 180, len(determinants["single"])).tolist()
+        vectors.plot(angles, determinants["single"], color=BLUE, label="a top eigenvector v")
+        vectors.axhline(determinants["mixed"], color=GREEN, label="a mixture of two")
+        vectors.set(xlabel="angle of v (degrees)", ylabel="‖C‖", title="Determinants: the same", ylim=(-0.1, 1.1))
+        vectors.set_xticks([0, 45, 90, 135, 180])
+        vectors.legend(loc="upper left")
+    return figure
+
+
+def unbalanced(data: dict[str, Any]) -> Figure:
+    """Draw λ₁ and the imbalance of factors, and λ₁ of the denoisers."""
     example, networks = data["example"], data["networks"]
     with panels(13, 4, columns=3) as (figure, (along, factors, bars)):
         t, value, imbalance = (list(each)[2:] for each in (example["t"], example["sharpness"], example["imbalance"]))
@@ -356,4 +382,4 @@ def draw(data: dict[str, Any]) -> Mapping[str, Figure]:
         bars.set_ylim(0, 1.35 * max(run[look] for run in networks.values() for look, _ in looks))
         bars.grid(axis="x", visible=False)
         bars.legend(loc="upper left", ncols=3, columnspacing=1, handlelength=1)
-    return {"flat_but_unbalanced": figure}
+    return figure
