@@ -292,7 +292,7 @@ def plane() -> dict[str, Any]:
 
 
 def descent(function: Callable[[Tensor], Tensor], x: tuple[float, float]) -> list[list[float]]:
-    return path(function, x, lambda params: torch.optim.SGD(params, lr=0.1), 5000)[::5]
+    return path(function, x, lambda params: torch.optim.SGD(params, lr=0.1), 2000)[::5]
 
 
 def measure(data: dict[str, Any]) -> Mapping[str, float]:

@@ -73,7 +73,7 @@ def quantities(plane: dict[str, Any]) -> Figure:
     """Draw c of table 1 along both."""
     with panels(13, 7, rows=2, columns=3) as (figure, axes):
         for place, name in zip(axes, PLANE, strict=True):
-            c, every = plane[name]["c"], {"normalised": 1, "plain": 10}
+            c, every = plane[name]["c"], {"normalised": 1, "plain": 2}
             for method, colour, label in (
                 ("normalised", BLUE, "normalised steps"),
                 ("plain", ORANGE, "gradient descent"),
@@ -81,7 +81,7 @@ def quantities(plane: dict[str, Any]) -> Figure:
                 values = [value if value > FLOOR else math.nan for value in c[method]]
                 place.plot([1 + every[method] * k for k in range(len(values))], values, color=colour, label=label)
             logarithmic(place)
-            powers(place, "x", 1, 1e4)
+            powers(place, "x", 1, 2e3)
             place.set(xlabel="step k + 1", ylabel=f"c = {QUANTITIES[name]}", title=FORMULAS[name])
         axes[0].legend(loc="lower left")
     return figure

@@ -19,7 +19,7 @@ __all__ = ["numbers"]
 def numbers() -> dict[str, float]:
     """Measure what takes one short path each."""
     one = path(PRODUCT.function, (2.0, 0.7), lambda x: NormalizedGD(x, lr=0.3), 1)[-1]
-    slow = path(PRODUCT.function, (2.0, 1.0), lambda x: torch.optim.SGD(x, lr=1e-3), 20_000)[-1]
+    slow = path(PRODUCT.function, (2.0, 1.0), lambda x: torch.optim.SGD(x, lr=1e-3), 5000)[-1]
     swings = path(QUARTIC.function, (1e-3, 0.2), lambda x: NormalizedGD(x, lr=0.4, decay=0), 1000)[-1]
     fast = path(PRODUCT.function, (2.0, 0.7), lambda x: NormalizedGD(x, lr=1.0, decay=0.75), 1000)[-1]
     return {
