@@ -332,7 +332,7 @@ def counterexamples(data: dict[str, Any]) -> Figure:
         gradients.axhline(0, color=ORANGE, linestyle="--", label="printed: some C(v) = 0")
         gradients.set_xticks(range(1, 1 + len(maximum["C"])))
         gradients.set(xlabel="maximal subgradient v at t = 1", ylabel="C(v)", title="0 is in the hull only")
-        gradients.set(ylim=(-5, 5), xlim=(0.5, len(maximum["C"]) + 0.5))
+        gradients.set(ylim=(-5, 8), xlim=(0.5, len(maximum["C"]) + 0.5))
         gradients.legend(loc="upper left")
         angles = torch.linspace(0, 180, len(determinants["single"])).tolist()
         vectors.plot(angles, determinants["single"], color=BLUE, label="a top eigenvector v")
