@@ -41,12 +41,12 @@ except ModuleNotFoundError:  # Python 3.10
 __all__ = ["CONFIGS", "NAMES", "Experiment", "conduct", "configure", "load", "redraw"]
 
 NAMES = (
-    "escape_to_infinity",
-    "flat_but_unbalanced",
     "flat_gd",
     "flattening_flow",
+    "flat_but_unbalanced",
     "ngd_examples",
     "scalar_networks",
+    "escape_to_infinity",
 )
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
