@@ -43,7 +43,10 @@ __all__ = ["CONFIGS", "NAMES", "Experiment", "conduct", "configure", "load", "re
 NAMES = (
     "flat_gd",
     "flattening_flow",
+    "flat_but_unbalanced",
+    "ngd_examples",
     "scalar_networks",
+    "escape_to_infinity",
 )
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 

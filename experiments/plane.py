@@ -42,11 +42,15 @@ def levels(
     x: tuple[float, float],
     y: tuple[float, float],
     at: Iterable[float] = (0.01, 0.05, 0.2, 0.5, 1, 2, 4, 8, 16),
+    colour: str = GREY,
+    width: float = 0.6,
 ) -> None:
     """Draw level sets of a function of two variables."""
     across, up = torch.linspace(*x, 241, dtype=torch.float64), torch.linspace(*y, 241, dtype=torch.float64)
     points = torch.stack(torch.meshgrid(across, up, indexing="xy")).reshape(2, -1)
     values = torch.vmap(function, in_dims=1)(points).reshape(len(up), len(across))
-    axes.contour(across.numpy(), up.numpy(), values.numpy(), levels=sorted(at), colors=GREY, linewidths=0.6, alpha=0.7)
+    axes.contour(
+        across.numpy(), up.numpy(), values.numpy(), levels=sorted(at), colors=colour, linewidths=width, alpha=0.7
+    )
     axes.set(xlim=x, ylim=y, xlabel="x₁", ylabel="x₂")
     axes.grid(False)

@@ -4,37 +4,15 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
-from descents import distance, flat_set, gradients, normalized, projected, residuals, starts
 from torch import Tensor
 
+from experiments.descents import distance, flat_set, normalized, plain, projected, residuals, starts
+from experiments.valleys import PRODUCT, VALLEYS, absolute_valley, clarke, factorisations
 from torchflat.optim import NormalizedGD
-from torchflat.problems import (
-    AbsoluteFactorisation,
-    Bilinear,
-    Cubic,
-    Factorisation,
-    Monomial,
-    Parabola,
-    QuarticTie,
-    WeightedSquares,
-)
-from torchflat.problems.residual import Residual
+from torchflat.problems import Cubic, Factorisation, QuarticTie
 
-PRODUCT = Monomial((1.0, 1.0), (1, 1))
-VALLEYS: dict[str, Residual] = {
-    "product": PRODUCT,
-    "parabola": Parabola((0.0, 0.0)),
-    "ellipse": WeightedSquares((1.0, 0.0), (1.0, 3.0)),
-    "hyperbola": WeightedSquares((1.0, 0.0), (1.0, -2.0)),
-    "squares": WeightedSquares((math.sqrt(0.5), 0.0, 0.0, 0.0), (2.0, 5.0, -1.0, 3.0)),
-    "bilinear": Bilinear((1.0, 0.0, 0.5, 0.0), ((2.0, 1.0), (0.0, 3.0))),
-    "monomial 1 2": Monomial((1.0, 1.0), (1, 2)),
-    "monomial 1 1 1": Monomial((1.0, 1.0, 1.0), (1, 1, 1)),
-    "monomial 1 2 3": Monomial((1.0, 1.0, 1.0), (1, 2, 3)),
-}
 SLOW = pytest.mark.slow
 
 
@@ -85,13 +63,6 @@ def test_t050b_cubic_has_an_attractor_of_three_points(steps: int) -> None:
         assert int((distance(x, corners) < 1e-2).sum()) == 41
 
 
-def absolute_valley(a: float, b: float) -> tuple[AbsoluteFactorisation, Tensor]:
-    """Make |x₁x₃ − a| + |x₂x₃ − b| and its flat set by T031: ±(at, bt, 1/t), t = 2^¼/√(|a| + |b|)."""
-    t = 2**0.25 / math.sqrt(abs(a) + abs(b))
-    flat = torch.tensor([[a * t, b * t, 1 / t]], dtype=torch.float64)
-    return AbsoluteFactorisation((a, b, 1.0), ((a,), (b,))), torch.cat([flat, -flat])
-
-
 @SLOW
 @pytest.mark.parametrize(("a", "b"), [(1.0, 1.0), (1.0, 2.0)])
 def test_t050b_sum_of_absolute_values(a: float, b: float) -> None:
@@ -110,13 +81,7 @@ def test_t050b_sum_of_absolute_values(a: float, b: float) -> None:
 )
 def test_t051_gradient_descent_stops_at_the_first_minimum(name: str, median: float) -> None:
     problem = VALLEYS[name]
-    x = starts(len(problem.point)).requires_grad_()
-    compute = gradients(problem.function, x.detach())
-    optimizer = torch.optim.SGD([x], lr=0.01)
-    for _ in range(1000):
-        x.grad = compute(x.detach())
-        optimizer.step()
-    x = x.detach()
+    x = plain(problem.function, starts(len(problem.point)), 1000, lr=0.01)
     assert float(torch.func.vmap(problem.function)(x).max()) <= 1e-12
     far = distance(x, flat_set(problem))
     assert quantile(far, 0.5) == pytest.approx(median, abs=6e-4)
@@ -161,11 +126,6 @@ def test_t052_most_runs_hit_a_minimum_exactly() -> None:
     at_rest = x[stopped]
     assert bool(at_rest.isfinite().all())
     assert float(distance(at_rest, flat_set(PRODUCT)).max()) <= 1.05 * 0.1
-
-
-def clarke(x: Tensor) -> Tensor:
-    """Compute |x₁x₃ − 1| + |x₂x₃| with the derivative 0 that autograd gives |·| at 0."""
-    return (x[0] * x[2] - 1).abs() + (x[1] * x[2]).abs()
 
 
 def test_t052b_on_a_kink_the_derivative_0_leads_to_a_wrong_point() -> None:
@@ -233,25 +193,6 @@ def test_t053_short_steps_leave_more_to_do(lr: float, decay: float, median: floa
 
 
 # Matrix factorisation (T054) -----------------------------------------------------------------------------------------
-
-TARGET = torch.diag(torch.tensor([3.0, 1.0], dtype=torch.float64))
-
-
-def factors(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x[:4].view(2, 2), x[4:].view(2, 2)
-
-
-def gap(x: Tensor) -> Tensor:
-    X, Y = factors(x)
-    return (X @ Y - TARGET).flatten()
-
-
-def factorisations(seed: int, count: int, steps: int) -> list[Factorisation]:
-    """Take Gaussian starts to the end of a descent, and on to the product wanted."""
-    start = torch.tensor(np.random.default_rng(seed).normal(size=(count, 8)))
-    x = projected(gap, normalized(lambda x: 0.5 * (gap(x) ** 2).sum(), start, steps))
-    assert float(torch.func.vmap(gap)(x).abs().max()) <= 1e-12
-    return [Factorisation(*factors(row)) for row in x]
 
 
 def check_flat(ends: list[Factorisation]) -> None:

@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 import torch
-from descents import normalized, starts
 from torch import Tensor, nn
 
+from experiments.descents import normalized, starts
 from torchflat.objective import Objective
 from torchflat.optim import NormalizedGD
 from torchflat.problems import PROBLEMS, DeepLinear, Factorisation, Function, Monomial, Problem

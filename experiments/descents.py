@@ -14,7 +14,7 @@ from torchflat.optim import NormalizedGD
 from torchflat.problems import Function, Polyhedral
 from torchflat.problems.residual import Residual
 
-__all__ = ["distance", "flat_set", "gradients", "normalized", "projected", "residuals", "starts"]
+__all__ = ["Scalar", "distance", "flat_set", "gradients", "normalized", "plain", "projected", "residuals", "starts"]
 
 Scalar = Callable[[Tensor], Tensor]
 
@@ -48,6 +48,19 @@ def normalized(
         gradient.copy_(compute(x.detach()))
         if stopped is not None:
             stopped |= (gradient == 0).all(dim=1)
+        optimizer.step()
+    return x.detach()
+
+
+def plain(f: Scalar, x: Tensor, steps: int, lr: float, watch: Callable[[int, Tensor], None] | None = None) -> Tensor:
+    """Take steps of gradient descent, of size ``lr``, from every row of x; ``watch`` sees k and x before each."""
+    x = x.clone().requires_grad_()
+    compute = gradients(f, x.detach())
+    optimizer = torch.optim.SGD([x], lr=lr)
+    for step in range(steps):
+        if watch:
+            watch(step, x.detach())
+        x.grad = compute(x.detach())
         optimizer.step()
     return x.detach()
 
