@@ -44,6 +44,7 @@ NAMES = (
     "flat_gd",
     "flattening_flow",
     "mnist_sharpness",
+    "optimizers_mnist",
     "scalar_networks",
 )
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
