@@ -6,7 +6,8 @@ that the flattest a network can be, which grows with its depth (T061), says how 
 
 The largest stable step of a depth is that up to which every step of the grid ends where it can stay. Beyond it, a run
 need not diverge: from the identity, most end with some units dead, or all of them, where the loss is flat again but no
-longer low. A network is called untrained where its loss is not finite, or no better than that of the answer 0.
+longer low. A network is called untrained where its loss is not finite, or no better than that of the answer 0. What
+counts as stable was settled after a quick run, in which nearly every step up to the largest ended with a finite loss.
 
 The paper does not say for how long it trained, and its losses are below those here (T072): these are sharpnesses early
 in training. λ₁ is of the loss on some of the rows that were trained on.
@@ -32,7 +33,7 @@ from experiments.cells import Cells, Key
 from experiments.claim import Claim
 from torchflat import Objective, sharpness
 from torchflat.drawing import BLUE, GREY, ORANGE, nan, panels, powers
-from torchflat.errors import UsageError
+from torchflat.errors import NonFiniteError, UsageError
 
 TITLE = "Unique Properties of Flat Minima, Figures 4 and 5: sharpness of MNIST denoisers over depth and step size"
 
@@ -134,12 +135,15 @@ def trained(key: Key, scratch: Path) -> dict[str, Any]:
         network, optimizer, (inputs, targets), key["epochs"], key["batch"], key["seed"], scratch, told
     )
     losses = [finite(row["loss"]) for row in curve]
+    diverged = {"losses": losses, "loss": None, "sharpness": None, "status": None}
     loss = finite(denoiser.mean_loss(network, (inputs, targets)))
     if losses[-1] is None or loss is None:
-        return {"losses": losses, "loss": None, "sharpness": None, "status": None}
+        return diverged
     some = slice(key["sharpness_rows"])
-    f = Objective(network.eval(), denoiser.LOSS, (inputs[some], targets[some]))
-    top = sharpness(f, rtol=key["sharpness_rtol"])
+    try:
+        top = sharpness(Objective(network.eval(), denoiser.LOSS, (inputs[some], targets[some])), key["sharpness_rtol"])
+    except NonFiniteError:  # on its way there: the loss is still a number, its second derivatives are not
+        return diverged
     return {"losses": losses, "loss": loss, "sharpness": top.value, "status": top.status.name}
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from experiments import denoiser, mnist_sharpness
 from experiments.cells import Cells
 from experiments.claim import Outcome, judge
-from experiments.mnist_sharpness import CLAIMS, Config, draw, measure, run, stable
+from experiments.mnist_sharpness import CLAIMS, Config, draw, measure, run, stable, trained
 from experiments.mnist_sharpness import tiles as tiles_of
 from torchflat.errors import UsageError
 
@@ -143,6 +143,20 @@ def test_a_run_trains_measures_and_draws(small_images: None, tmp_path: Path) -> 
     assert set(draw(data)) == {"mnist_sharpness_4", "mnist_sharpness_5"}
     assert all(isinstance(number, float) and not math.isnan(number) for number in measure(data).values())
     assert run(CONFIG, Cells(tmp_path)) == data
+
+
+def test_a_loss_that_is_a_number_beyond_which_nothing_is_has_diverged(
+    small_images: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def grown(network: nn.Module, *rest: Any) -> denoiser.Curve:
+        with torch.no_grad():
+            network[0].weight.fill_(3e18)
+        return [{"loss": 3.0}]
+
+    monkeypatch.setattr(denoiser, "train", grown)
+    key = {"start": "identity", "depth": 2, "step": 0.5, "seed": 0, "sharpness_rtol": 0.01, "sharpness_rows": 30}
+    found = trained({**key, "side": 4, "rows": 60, "epochs": 1, "batch": 10}, tmp_path)
+    assert found == {"losses": [3.0], "loss": None, "sharpness": None, "status": None}
 
 
 def test_the_step_of_the_curves_must_be_in_the_grids(tmp_path: Path) -> None:
