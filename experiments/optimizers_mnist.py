@@ -24,6 +24,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import nn
+from torch.optim import Optimizer
 
 from benchmarks.contenders import CONTENDERS, installed
 from benchmarks.endings import LOOKS, Endings
@@ -123,11 +125,11 @@ def followed(key: Key, scratch: Path) -> dict[str, Any]:
     task = dataclasses.replace(TASKS[key["network"]], rows=key["rows"], epochs=key["epochs"])
     contender, every = CONTENDERS[key["contender"]], key["every"]
     model = built(task, key["seed"])
-    optimizer = contender.make(model.parameters(), key["setting"], task.steps(contender))
+    loop = contender.make(model.parameters(), key["setting"], task.steps(contender))
     losses: list[float] = []
-    with tracker(task, model, optimizer.optimizer, key) as tracked:
+    with tracker(task, model, loop.optimizer, key) as tracked:
         for epoch in epochs(task, contender, key["seed"]):
-            losses += [optimizer.step(functools.partial(batch_loss, task, model, rows)) for rows in epoch]
+            losses += [loop.step(functools.partial(batch_loss, task, model, rows)) for rows in epoch]
     history = tracked.history
     columns = {kind: [history[name] for name in history if name.startswith(f"{kind}/")] for kind in KINDS}
     return {
@@ -141,7 +143,7 @@ def followed(key: Key, scratch: Path) -> dict[str, Any]:
     }
 
 
-def tracker(task: Task, model: Any, optimizer: Any, key: Key) -> Tracker:
+def tracker(task: Task, model: nn.Module, optimizer: Optimizer, key: Key) -> Tracker:
     inputs, targets = (each[: key["sharpness_rows"]] for each in task.training)
     return Tracker(
         model,

@@ -29,8 +29,8 @@ INTRODUCTION = f"""\
 What is printed beside what was measured. Claims, bounds and the expected outcome stand in the module of each
 experiment, ahead of its runs; one that was settled after a shorter run says so there. A number within the bounds of the
 printed statement is *{Outcome.REPRODUCED.value}*, one within those of the corrected statement is
-*{Outcome.CORRECTED.value}*, and one that a run would have needed more time for is *{Outcome.NOT_REACHED.value}*. Numbers
-such as T035 count the papers' statements, as they were checked one by one.
+*{Outcome.CORRECTED.value}*, and one that a run would have needed more time for is *{Outcome.NOT_REACHED.value}*.
+Numbers such as T035 count the papers' statements, as they were checked one by one.
 
 `python -m experiments --page` writes this page. Every measured number is one of the `verdicts.json` or `run.json` that
 the command of its section wrote; a figure is a link to its SVG.
