@@ -22,7 +22,7 @@ from torchflat.data import denoising, mnist
 from torchflat.data.models import digit_classifier
 from torchflat.symmetry import Laws, flattest, laws
 
-__all__ = ["QUICK", "TASKS", "Task", "Trainer"]
+__all__ = ["QUICK", "TASKS", "Task", "Trainer", "batch_loss", "built", "epochs", "metric"]
 
 Rows = tuple[Tensor, Tensor]
 # Not the seeds of the runs: their first weights would be the noise of some images, number by number.
@@ -199,13 +199,13 @@ class Trainer:
     def run(self, task: Task, cell: Cell, setting: Setting) -> Record:
         """Train, and tell how it went: losses by epoch, on all training rows at the end, and both metrics."""
         contender = CONTENDERS[cell.method]
-        model = self._built(task, setting)
+        model = built(task, setting["seed"])
         loop = contender.make(model.parameters(), setting, task.steps(contender))
         losses: list[float] = []
         norms: list[float] = []
         began, start = time.perf_counter(), time.process_time()
-        for epoch in self._epochs(task, contender, setting):
-            values = [loop.step(functools.partial(_loss, task, model, rows)) for rows in epoch]
+        for epoch in epochs(task, contender, setting["seed"]):
+            values = [loop.step(functools.partial(batch_loss, task, model, rows)) for rows in epoch]
             losses.append(statistics.fmean(values))
             if not math.isfinite(losses[-1]):
                 return {"status": "diverged", "value": None, "losses": losses[:-1]}
@@ -215,8 +215,8 @@ class Trainer:
         torch.save(model.state_dict(), self._weights(cell))
         return {
             "status": "finished",
-            "value": self._metric(task, model, task.unseen),
-            "test": self._metric(task, model, task.test),
+            "value": metric(task, model, task.unseen),
+            "test": metric(task, model, task.test),
             "train_loss": Objective(model.eval(), task.loss, task.training).value(),
             "losses": losses,
             "gradient_norms": norms,
@@ -267,7 +267,7 @@ class Trainer:
         """Time the steps of all contenders in turn: the median of the rounds, and of their ratios to SGD's."""
         loops: dict[str, tuple[nn.Module, Loop]] = {}
         for name, settings in task.grids.items():
-            model = self._built(task, {"seed": 0})
+            model = built(task, 0)
             loops[name] = model, CONTENDERS[name].make(model.parameters(), settings[0], task.steps(CONTENDERS[name]))
         rows = torch.arange(task.batch)
         times: dict[str, list[float]] = {name: [] for name in loops}
@@ -275,7 +275,7 @@ class Trainer:
             for name, (model, loop) in loops.items():
                 start = time.process_time()
                 for _ in range(STEPS_A_ROUND):
-                    loop.step(functools.partial(_loss, task, model, rows))
+                    loop.step(functools.partial(batch_loss, task, model, rows))
                 times[name].append((time.process_time() - start) / STEPS_A_ROUND)
         counted = {name: each[FIRST_ROUNDS:] for name, each in times.items()}
         ratios = {
@@ -289,31 +289,37 @@ class Trainer:
             "ratios": ratios,
         }
 
-    def _built(self, task: Task, setting: Setting) -> nn.Module:
-        with torch.random.fork_rng():
-            torch.manual_seed(setting["seed"])
-            return task.build().train()
-
-    def _epochs(self, task: Task, contender: Contender, setting: Setting) -> Iterator[tuple[Tensor, ...]]:
-        """Yield, epoch by epoch, the rows of the batches; the same for all contenders."""
-        order = torch.Generator().manual_seed(1000 + setting["seed"])
-        for _ in range(round(contender.epochs * task.epochs)):
-            yield torch.randperm(task.rows, generator=order).split(task.batch)
-
-    def _metric(self, task: Task, model: nn.Module, rows: Rows) -> float:
-        inputs, targets = rows
-        with torch.no_grad():
-            outputs = torch.cat([model.eval()(part) for part in inputs.split(1000)])
-        return task.metric(outputs, targets)
-
     def _weights(self, cell: Cell) -> Path:
         return self.cache / f"{cell.name}.pt"
 
 
-def _loss(task: Task, model: nn.Module, rows: Tensor) -> Tensor:
+def built(task: Task, seed: int) -> nn.Module:
+    """Return the network with the first weights of a seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return task.build().train()
+
+
+def epochs(task: Task, contender: Contender, seed: int) -> Iterator[tuple[Tensor, ...]]:
+    """Yield, epoch by epoch, the rows of the batches; the same for all contenders."""
+    order = torch.Generator().manual_seed(1000 + seed)
+    for _ in range(round(contender.epochs * task.epochs)):
+        yield torch.randperm(task.rows, generator=order).split(task.batch)
+
+
+def batch_loss(task: Task, model: nn.Module, rows: Tensor) -> Tensor:
+    """Return the mean loss of some training rows."""
     inputs, targets = task.training
     value: Tensor = task.loss(model(inputs[rows]), targets[rows])
     return value
+
+
+def metric(task: Task, model: nn.Module, rows: Rows) -> float:
+    """Return the task's metric on some rows."""
+    inputs, targets = rows
+    with torch.no_grad():
+        outputs = torch.cat([model.eval()(part) for part in inputs.split(1000)])
+    return task.metric(outputs, targets)
 
 
 def _gradient_norm(model: nn.Module) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torchflat.errors import UsageError
 
-__all__ = ["Claim", "Outcome", "Unreached", "Verdict", "judge"]
+__all__ = ["Claim", "Outcome", "Unreached", "Verdict", "judge", "told"]
 
 Bounds = tuple[float, float]
 Measured = "float | Unreached"
@@ -94,8 +94,8 @@ class Verdict:
         return f"{surprise}{self.outcome.value}: {self.claim.says}: {number}, {self._bounds()} ({self.claim.source})"
 
     def _bounds(self) -> str:
-        printed = "" if self.claim.printed is None else f"expected {_told(self.claim.printed)}"
-        corrected = "" if self.claim.corrected is None else f"corrected {_told(self.claim.corrected)}"
+        printed = "" if self.claim.printed is None else f"expected {told(self.claim.printed)}"
+        corrected = "" if self.claim.corrected is None else f"corrected {told(self.claim.corrected)}"
         return ", ".join(filter(None, (printed.replace("expected", "printed") if corrected else printed, corrected)))
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,10 +128,18 @@ def _inside(value: float, bounds: Bounds | None) -> bool:
     return bounds is not None and math.isfinite(value) and bounds[0] <= value <= bounds[1]
 
 
-def _told(bounds: Bounds) -> str:
+def told(bounds: Bounds) -> str:
+    """Return bounds in words.
+
+    >>> told((0, 1e-6)), told((2, math.inf)), told((1, 3)), told((16.125 - 1e-8, 16.125 + 1e-8))
+    ('≤ 1e-06', '≥ 2', '1 to 3', '16.125 ± 1e-08')
+    """
     low, high = bounds
     if low == high:
         return f"{low:g}"
     if math.isinf(high):
         return f"≥ {low:g}"
-    return f"≤ {high:g}" if low in (0, -math.inf) else f"{low:g} to {high:g}"
+    if low in (0, -math.inf):
+        return f"≤ {high:g}"
+    middle, half = (low + high) / 2, (high - low) / 2
+    return f"{middle:.10g} ± {half:.1g}" if half < 1e-4 * abs(middle) else f"{low:g} to {high:g}"

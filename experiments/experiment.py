@@ -46,7 +46,9 @@ NAMES = (
     "flat_but_unbalanced",
     "ngd_examples",
     "scalar_networks",
+    "mnist_sharpness",
     "escape_to_infinity",
+    "optimizers_mnist",
 )
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
