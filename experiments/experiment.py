@@ -43,6 +43,7 @@ __all__ = ["CONFIGS", "NAMES", "Experiment", "conduct", "configure", "load", "re
 NAMES = (
     "flat_gd",
     "flattening_flow",
+    "mnist_gains",
     "scalar_networks",
 )
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
