@@ -22,7 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from experiments.cells import Cells
 from experiments.claim import Claim, Outcome, Unreached
@@ -30,7 +32,7 @@ from experiments.denoiser import mean_loss, noisy
 from experiments.gains import gains
 from experiments.minima import SGD_STEP, Orbit, Recipe, flattest_of, grid, objective, reached_at, trained
 from torchflat import sharpness
-from torchflat.drawing import BLUE, GREY, INK, ORANGE, logarithmic, panels, powers
+from torchflat.drawing import BLUE, GREY, INK, ORANGE, panels, powers
 
 TITLE = "Unique Properties of Flat Minima, Figure 6 and Table S1: SGD's and Adam's denoisers, their gains, and λ₁★"
 
@@ -65,7 +67,12 @@ CLAIMS = (
         expected=Outcome.NOT_REACHED,
     ),
     Claim("stable", "SGD ends where it is stable: largest λ₁ · step / 2", "Appendix, T070", (0, 1)),
-    Claim("sharper", "every network of Adam is sharper than every one of SGD: least ratio of λ₁", "Table S1", (1, 100)),
+    Claim(
+        "sharper",
+        "every network of Adam is sharper than every one of SGD: least ratio of λ₁",
+        "Table S1",
+        (1, math.inf),
+    ),
     Claim(
         "rescaled",
         "rescaled, every network of Adam is flatter than what SGD found: largest λ₁★(Adam)/λ₁(SGD)",
@@ -103,7 +110,9 @@ CLAIMS = (
         "Figure 6",
         (1, math.inf),
     ),
-    Claim("shrunk", "and rescaling takes Adam's away: largest ratio of the largest gain after and before", "", (0, 1)),
+    Claim(
+        "shrunk", "and rescaling takes Adam's away: largest ratio of the largest gain after and before", "T064", (0, 1)
+    ),
     Claim("output", "the gain of the output stays: largest relative change", "T084", (0, 1e-2)),
 )
 
@@ -277,21 +286,14 @@ def draw(data: dict[str, Any]) -> Mapping[str, Figure]:
 def gains_figure(data: dict[str, Any]) -> Figure:
     """Draw the gains of both, as trained and rescaled."""
     layers = range(1, data["layers"] + 1)
+    highest = max(max(row["gains"]["before"]["largest"] + limits(row["gains"]["before"])) for row in data["networks"])
     with panels(10, 7.5, rows=2, columns=2, share_y=True) as (figure, axes):
-        places = [(name, when) for when in ("before", "after") for name in PRINTED]
-        for panel, (name, when) in zip(axes, places, strict=True):
+        places = [(when, name) for when in ("before", "after") for name in TOLD]
+        for panel, (when, name) in zip(axes, places, strict=True):
             for row in of(data, name):
-                found, first = row["gains"][when], row is of(data, name)[0]
-                panel.plot(layers, limits(found), "--", color=GREY, linewidth=1, label="√m·G^(k/m)" if first else None)
-                panel.plot(
-                    layers,
-                    found["largest"],
-                    "o-",
-                    color=BLUE,
-                    linewidth=0.8,
-                    markersize=5,
-                    label="largest of any input" if first else None,
-                )
+                found = row["gains"][when]
+                panel.plot(layers, limits(found), "--", color=GREY, linewidth=1, label="√m·G^(k/m)")
+                panel.plot(layers, found["largest"], "o-", color=BLUE, linewidth=0.8, label="largest of any input")
                 panel.plot(
                     layers,
                     found["of_output"],
@@ -299,51 +301,54 @@ def gains_figure(data: dict[str, Any]) -> Figure:
                     color=ORANGE,
                     linewidth=0.8,
                     markersize=4,
-                    label="of the input of the largest output" if first else None,
+                    label="input of the largest output",
                 )
             told = {"before": "as trained", "after": "rescaled to λ₁★"}[when]
-            panel.set(title=f"{TOLD[name]}, {told}", xticks=list(layers), ylim=(0, None))
+            panel.set(title=f"{TOLD[name]}, {told}", xticks=list(layers), ylim=(0, 1.05 * highest))
         for panel in axes[2:]:
             panel.set_xlabel("layer k")
         for panel in axes[::2]:
             panel.set_ylabel("|signal of layer k| / |input|")
-        axes[0].legend()
+        once(axes[0])
     return figure
 
 
 def sharpness_figure(data: dict[str, Any]) -> Figure:
     """Draw the training curves, and λ₁ beside λ₁★."""
     with panels(12, 4.5, columns=2) as (figure, (left, right)):
-        for name, colour in (("sgd", BLUE), ("adam", ORANGE)):
-            rows = of(data, name)
+        colours = {"sgd": BLUE, "adam": ORANGE}
+        losses: list[float] = []
+        for name, colour in colours.items():
             for which, style, label in (("loss", "-", "training, new noise"), ("test", ":", "test images")):
-                curve = mean_curve(rows, which)
+                curve = mean_curve(of(data, name), which)
+                losses += curve
                 left.plot(range(1, len(curve) + 1), curve, style, color=colour, label=f"{TOLD[name]}, {label}")
             left.axhline(PRINTED[name]["loss"], color=colour, linewidth=0.8, linestyle="--")
-            offset = 0 if name == "sgd" else len(rows) + 1
-            for place, row in enumerate(rows, offset):
-                right.plot([place] * 2, [row["orbit"]["before"], row["orbit"]["value"]], color=GREY, linewidth=1)
-                first = place == offset
-                right.plot(
-                    place, row["orbit"]["before"], "o", color=colour, label=f"{TOLD[name]}: λ₁" if first else None
-                )
-                right.plot(
-                    place,
-                    row["orbit"]["value"],
-                    "o",
-                    markerfacecolor="white",
-                    color=colour,
-                    label=f"{TOLD[name]}: λ₁★" if first else None,
-                )
         left.set(xlabel="epoch", ylabel="loss per pixel", title="Training; dashed: the ends in Table S1")
-        powers(left, "y", 0.02, max(mean_curve(of(data, "sgd"), "loss") + mean_curve(of(data, "adam"), "loss")) * 1.1)
+        left.xaxis.set_major_locator(MaxNLocator(integer=True))
+        powers(left, "y", 0.02, 1.2 * max(losses))
         left.legend()
-        count = len(of(data, "sgd"))
-        right.axhline(2 / SGD_STEP, color=INK, linewidth=0.8, linestyle="--")
-        right.annotate("2/step of SGD", (count, 2 / SGD_STEP), (0, 3), textcoords="offset points", ha="center")
-        seeds = [str(row["seed"]) for row in data["networks"][::2]]
-        right.set_xticks([*range(count), *range(count + 1, 2 * count + 1)], seeds * 2)
-        right.set(xlabel="seed", ylabel="curvature per pixel", title="λ₁ as trained, and the least over rescalings")
-        logarithmic(right)
-        right.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 0.0))
+
+        rows = [*of(data, "sgd"), *of(data, "adam")]
+        places = [place + (row["optimizer"] == "adam") for place, row in enumerate(rows)]
+        for place, row in zip(places, rows, strict=True):
+            name, (sharp, flat) = row["optimizer"], (row["orbit"][key] for key in ("before", "value"))
+            right.plot([place] * 2, [sharp, flat], color=GREY, linewidth=1, zorder=1)
+            right.plot(place, sharp, "o", color=colours[name], label=f"{TOLD[name]}: λ₁")
+            right.plot(place, flat, "o", color=colours[name], markerfacecolor="white", label=f"{TOLD[name]}: λ₁★")
+        stable = 2 / SGD_STEP
+        right.axhline(stable, color=INK, linewidth=0.8, linestyle="--")
+        right.annotate("2/step of SGD", (places[0] - 0.4, stable), (0, 4), textcoords="offset points")
+        right.set_xticks(places, [str(row["seed"]) for row in rows])
+        right.set(xlabel="seed", ylabel="curvature of the loss per pixel", title="λ₁, and the least over rescalings")
+        values = [row["orbit"][key] for row in rows for key in ("before", "value")]
+        powers(right, "y", 0.6 * min(values), 4 * max(values))
+        right.set_xlim(places[0] - 0.5, places[-1] + 0.5)
+        once(right, ncols=2, loc="upper left")
     return figure
+
+
+def once(axes: Axes, **options: Any) -> None:
+    """Give each label one line in the legend."""
+    entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    axes.legend(entries.values(), entries.keys(), **options)
