@@ -44,6 +44,7 @@ NAMES = (
     "flat_gd",
     "flattening_flow",
     "mnist_gains",
+    "mnist_sections",
     "scalar_networks",
 )
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
