@@ -43,6 +43,7 @@ __all__ = ["CONFIGS", "NAMES", "Experiment", "conduct", "configure", "load", "re
 NAMES = (
     "flat_gd",
     "flattening_flow",
+    "intermediate_gains",
     "mnist_gains",
     "mnist_sections",
     "scalar_networks",
