@@ -46,7 +46,10 @@ NAMES = (
     "flat_but_unbalanced",
     "ngd_examples",
     "scalar_networks",
+    "intermediate_gains",
     "mnist_sharpness",
+    "mnist_gains",
+    "mnist_sections",
     "escape_to_infinity",
     "optimizers_mnist",
 )
