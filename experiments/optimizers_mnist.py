@@ -62,7 +62,7 @@ CLAIMS = (
         (0, 1),
         expected=Outcome.NOT_REPRODUCED,
     ),
-    # Declared after python -m benchmarks.optimizers, where SAM had ended flattest.
+    # Declared after python -m benchmarks.optimizers, where SAM had ended flattest, and after a quick run.
     Claim(
         "flattest",
         "normalised steps end flattest: λ₁ with NormalizedGD over the least with SGD, Adam, SAM",
