@@ -6,11 +6,13 @@ goes through them coupled: r_{k+1} = W_k⋯W₁v is parallel to q_k = W_{k+1}ᵀ
 is enough that all layers have the norm σ^{1/m} (Theorem 4). Sharp networks are drawn at random; flat ones come from
 them by changes of basis between the layers, which keep the product, where each that lowers λ₁ is taken (T066, T067).
 
-The moves of the search were chosen after first runs, in which others got stuck, and so was what is expected of the
-number of draws. Such a search ends at an excess ε over the least λ₁, and what the theorems say of the flattest then holds nearly. By
+Such a search ends at an excess ε over the least λ₁, and what the theorems say of the flattest then holds nearly. By
 T060 λ₁ is at least 2Σ|P_kx|²|q_k|² for unit x, P_k = W_{k−1}⋯W₁: so the gain of layer k times |q_{k+1}| is no more than
 √(m(1 + ε))·σ^{1 − 1/m}. And with x = v, |r_k|²|q_k|² = σ^{2(1 − 1/m)}e^{t_k}: Σe^{t_k} ≤ m(1 + ε), while Πe^{t_k} is
 Π cos⁻²(r_{k+1}, q_k) ≥ 1. So Σ(e^{t_k} − 1 − t_k) ≤ mε, and every cosine is at least (1 + ε)^{−m/2}.
+
+The moves of the search were chosen after first runs, in which others got stuck, and so was what is expected of the
+number of draws.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ SGD with step ½ can only end where λ₁ ≤ 2/½ (T070); Adam is not bound by 
 sharp, or only badly scaled? λ₁ depends on how a network is scaled; λ₁★, the least λ₁ of all its rescalings, does not
 (T086, T093). Of the excess log λ₁(Adam)/λ₁(SGD), scaling explains the share that is gone at λ₁★: 1 if the minimum is
 only badly scaled, 0 if it is sharp. In the short run of T089, λ₁★ of Adam's network is even the smaller one; but there
-SGD had hardly trained, and denoisers of 14 × 14 images, whose losses are nearly alike, show the opposite. These were pilot
-runs: what is claimed of scaling and of what is left after it was written down after them, and before the full run.
+SGD had hardly trained, and denoisers of 14 × 14 images, whose losses are nearly alike, show the opposite. These were
+pilot runs: what is claimed of scaling, and of what is left after it, was written after them and before the full run.
 
 Intermediate gains: the largest |signal of layer k|/|input|. In a flattest deep linear network of m layers and
 end-to-end gain G none exceeds √m·G^{k/m} (Theorem 2, T064). ReLU networks and data that is not white are beyond the
