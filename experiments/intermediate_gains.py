@@ -218,11 +218,11 @@ def draw(data: dict[str, Any]) -> Mapping[str, Figure]:
     with panels(14, 4.2, columns=3) as (figure, (descent, gains, cosines)):
         for search in data["searches"]:
             draws, ratios = zip(*search["lowered"], strict=True)
-            descent.plot(draws, [ratio - 1 for ratio in ratios], color=BLUE, linewidth=1)
+            descent.plot([draw / 1000 for draw in draws], [ratio - 1 for ratio in ratios], color=BLUE, linewidth=1)
         for excess in (NEAR, CLOSE):
             descent.axhline(excess, color=GREY, linewidth=0.8, linestyle="--")
         logarithmic(descent)
-        descent.set(xlabel="draws", ylabel="λ₁ / least λ₁ − 1", title="Greedy search")
+        descent.set(xlabel="draws, thousands", ylabel="λ₁ / least λ₁ − 1", title="Greedy search")
         for which, colour, marker in (("start", ORANGE, "s"), ("end", BLUE, "o")):
             for search in data["searches"]:
                 gains.plot(layers, search[which]["gains"], marker + "-", color=colour, linewidth=0.8, markersize=4)
@@ -237,5 +237,5 @@ def draw(data: dict[str, Any]) -> Mapping[str, Figure]:
         cosines.set_ylim(-0.05, 1.05)
         for marker, colour, label in (("s", ORANGE, "random"), ("o", BLUE, "after the search")):
             cosines.plot([], [], marker + "-", color=colour, linewidth=0.8, markersize=4, label=label)
-        cosines.legend(loc="center right", bbox_to_anchor=(1, 0.75))
+        cosines.legend(loc="center", bbox_to_anchor=(0.5, 0.7))
     return {"intermediate_gains": figure}
