@@ -62,6 +62,8 @@ def find_cuda() -> str | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or find_toolkit()
     if home is None or not shutil.which("nvcc", path=os.path.join(home, "bin")):
         return f"no nvcc in CUDA_HOME={home}" if home else "no nvcc: install the CUDA toolkit, or set CUDA_HOME"
+    if not (os.environ.get("TORCH_CUDA_ARCH_LIST") or torch.cuda.is_available()):
+        return "no GPU to build for: set TORCH_CUDA_ARCH_LIST, such as 9.0, to build for another machine"
     os.environ["CUDA_HOME"] = home
     return None
 
