@@ -99,7 +99,7 @@ def summary(table: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", nargs="+", default=["digits", "denoiser_adam", "denoiser_sgd"])
+    parser.add_argument("--network", nargs="+", default=["digits", "denoiser_adam"])
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--starts", type=int, default=5)
     parser.add_argument("--curvature", nargs="+", default=["hessian", "gauss_newton"])

@@ -356,7 +356,7 @@ def figure1(data: dict[str, Any]) -> Figure:
             powers(place, "x", curves["k"][1], curves["k"][-1])
         loss.axhline(1, color=INK, linewidth=1, linestyle="--")
         loss.set(xlabel="step k", ylabel="f", title="Thirty starts: stuck at 1, not 2", ylim=(0, 2.2))
-        powers(norm, "y", 1, 10)
+        powers(norm, "y", 1, 1.5 * max(row[-1] for row in curves["norm"]))
         norm.set(xlabel="step k", ylabel="|x|", title="Norm")
         norm.plot([], [], color=ORANGE, linewidth=2.5, label="stuck")
         norm.plot([], [], color=BLUE, linewidth=1.2, label="solved")
@@ -367,7 +367,7 @@ def figure1(data: dict[str, Any]) -> Figure:
         edge.plot(halted["k"], halted["size"], color=ORANGE, label="median of the stuck")
         edge.axhline(step**-0.5, color=INK, linewidth=1, linestyle="--", label="2x₁² = 2/η")
         powers(edge, "x", halted["k"][0], halted["k"][-1])
-        edge.set(xlabel="step k", ylabel="|x₁|", title="The drift halts at the edge", ylim=(0, None))
+        edge.set(xlabel="step k", ylabel="|x₁|", title="The drift halts at the edge", ylim=(0, 1.2 * step**-0.5))
         edge.legend(loc="lower right")
     return figure
 

@@ -95,22 +95,22 @@ def logarithmic(axes: Axes) -> None:
 
 
 def powers(axes: Axes, which: str, low: float, high: float) -> None:
-    """Give the ``x`` or ``y`` axis a logarithmic scale between two values, with more labels where these are close."""
+    """Give the ``x`` or ``y`` axis a logarithmic scale between two values, with more and plainer labels if close."""
     axes.set(**{f"{which}scale": "log", f"{which}lim": (low, high)})
     axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,), numticks=9))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))
+    close = high < 100 * low
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if close else (1,), numticks=9))
+    plain = close and low >= 1e-3 and high <= 1e4
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if plain else _power(value)))
     axis.set_minor_formatter(NullFormatter())
 
 
 def _power(value: float) -> str:
-    """Return 10⁻³, or 2·10⁻³ between the powers; as a plain number near one."""
+    """Return 10⁻³, or 2·10⁻³ between the powers."""
     if value <= 0:
         return ""
     power = math.floor(math.log10(value) + 1e-9)
     digit = round(value / 10.0**power)
-    if digit != 1 and -2 <= power <= 2:
-        return f"{digit * 10.0**power:g}"
     raised = "10" + str(power).translate(_RAISED)
     return raised if digit == 1 else f"{digit}·{raised}"
 
