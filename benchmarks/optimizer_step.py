@@ -1,13 +1,13 @@
 """Time a step of NormalizedGD against clipping and SGD, and against a C loop that reads and writes the same bytes.
 
-    python -m benchmarks.optimizer_step [--threads 1] [--rounds 15] [--clock wall] [--in-a-row 1]
+    python -m benchmarks.optimizer_step [--threads N] [--rounds 15] [--clock wall] [--in-a-row 1]
 
-All run in turn, round by round, so that a busy moment hits all of them; ms are medians over the rounds and ratios are
-medians of the ratios of each round. `SGD / step` compares clip_grad_norm_ and SGD, both foreach, with a step; `SGD / C`
-is what this could be at most, for the loop has nothing around it: no lists of tensors, no Python. What a step costs
-besides: `kernel` is its one call of a compiled kernel, `lists` the part of that which hands over the tensors (a call on
-as many empty ones), and `idle` a step of a torch.optim.Optimizer that looks at its gradients and does nothing. GB/s are
-those of the C loop.
+All run in turn on the same tensors, round by round, so that a busy moment hits all of them, and where the tensors lie
+is the same for all; ms are medians over the rounds and ratios are medians of the ratios of each round. `SGD / step`
+compares clip_grad_norm_ and SGD, both foreach, with a step; `SGD / C` is what this could be at most, for the loop has
+nothing around it: no lists of tensors, no Python. What a step costs besides: `kernel` is its one call of a compiled
+kernel, `lists` the part of that which hands over the tensors (a call on as many empty ones), and `idle` a step of a
+torch.optim.Optimizer that looks at its gradients and does nothing. GB/s are those of the C loop.
 
 With `--in-a-row 5` each runs five times before the next has its turn, and the last is timed: as in a loop of its own,
 where what fits into a cache is found there. Otherwise each finds what the others left, as after a backward pass.
@@ -120,36 +120,36 @@ def runs_of(params: list[Tensor]) -> ctypes.Array[Run]:
 
 
 def ways(tensors: list[Tensor], library: ctypes.CDLL) -> dict[str, Callable[[], object]]:
-    """Return what is timed, by name, on parameters of their own where these are changed."""
-    torch_params, our_params, loop_params = (with_gradients(tensors) for _ in range(3))
-    sgd = torch.optim.SGD(torch_params, lr=1e-6, foreach=True)
-    step = NormalizedGD(our_params, lr=1e-6, decay=0, fused=True).step
+    """Return what is timed, by name, all on the same parameters."""
+    params = with_gradients(tensors)
+    sgd = torch.optim.SGD(params, lr=1e-6, foreach=True)
+    step = NormalizedGD(params, lr=1e-6, decay=0, fused=True).step
     one = torch.ones(1, dtype=torch.float64)
-    our_grads: list[Tensor] = [p.grad for p in our_params]  # type: ignore[misc]
+    grads: list[Tensor] = [p.grad for p in params]  # type: ignore[misc]
     empty = [torch.empty(0) for _ in tensors]
-    runs = runs_of(loop_params)
+    runs = runs_of(params)
 
     def clip_and_sgd() -> None:
-        torch.nn.utils.clip_grad_norm_(torch_params, 1.0, foreach=True)
+        torch.nn.utils.clip_grad_norm_(params, 1.0, foreach=True)
         sgd.step()
 
-    def kernel(params: list[Tensor], grads: list[Tensor]) -> Tensor:
+    def kernel(x: list[Tensor], g: list[Tensor]) -> Tensor:
         with torch.no_grad():
-            return ops.normalized_axpby_(params, grads, -1e-6 * one, one)
+            return ops.normalized_axpby_(x, g, -1e-6 * one, one)
 
     return {
         "SGD": clip_and_sgd,
         "step": step,
-        "C": lambda: (library.step(runs, len(runs), 1e-6), loop_params),  # which it keeps alive
-        "idle": Idle(our_params, {}).step,
-        "kernel": lambda: kernel(our_params, our_grads),
+        "C": lambda: library.step(runs, len(runs), 1e-6),
+        "idle": Idle(params, {}).step,
+        "kernel": lambda: kernel(params, grads),
         "lists": lambda: kernel(empty, empty),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--in-a-row", type=int, default=1)
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")

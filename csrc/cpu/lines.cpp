@@ -7,7 +7,6 @@
 namespace torchflat {
 namespace {
 
-constexpr int kLanes = 32;
 constexpr int64_t kBlock = 65536;  // entries that one thread takes at a time
 constexpr int64_t kSerialElements = 65536;
 
@@ -24,10 +23,12 @@ struct Block {
 
 template <class T>
 TORCHFLAT_VECTORIZED void add_matrix(const T* a, const Block& block) {
+  const bool ahead = is_long<T>(block.rows * block.columns);
   for (int64_t row = 0; row < block.rows; ++row, a += block.columns) {
     double sums[kLanes] = {};
     int64_t index = 0;
     for (; index + kLanes <= block.columns; index += kLanes) {
+      if (ahead) fetch_ahead(a + index);
       for (int lane = 0; lane < kLanes; ++lane) {
         const double square = widen(a[index + lane]) * widen(a[index + lane]);
         sums[lane] += square;

@@ -7,31 +7,46 @@
 namespace torchflat {
 namespace {
 
-constexpr int kLanes = 32;
 constexpr int64_t kChunk = 16384;
 constexpr int64_t kSerialElements = 65536;  // below this, waking threads costs more than it saves
 
 template <class A, class B>
 TORCHFLAT_VECTORIZED double dot_chunk(const A* a, const B* b, int64_t count) {
+  const bool ahead = is_long<A>(count);
   double sums[kLanes] = {};
   int64_t index = 0;
-  for (; index + kLanes <= count; index += kLanes) multiply_add<kLanes>(sums, a + index, b + index);
+  for (; index + kLanes <= count; index += kLanes) {
+    if (ahead) fetch_ahead(a + index);
+    if (ahead) fetch_ahead(b + index);
+    multiply_add<kLanes>(sums, a + index, b + index);
+  }
   for (; index < count; ++index) multiply_add<1>(sums, a + index, b + index);
   return pairwise_sum<kLanes>(sums);
 }
 
 template <class A>
 TORCHFLAT_VECTORIZED double square_chunk(const A* a, int64_t count) {
+  const bool ahead = is_long<A>(count);
   double sums[kLanes] = {};
   int64_t index = 0;
-  for (; index + kLanes <= count; index += kLanes) square_add<kLanes>(sums, a + index);
+  for (; index + kLanes <= count; index += kLanes) {
+    if (ahead) fetch_ahead(a + index);
+    square_add<kLanes>(sums, a + index);
+  }
   for (; index < count; ++index) square_add<1>(sums, a + index);
   return pairwise_sum<kLanes>(sums);
 }
 
 template <class Y, class X>
 TORCHFLAT_VECTORIZED void blend_chunk(Y* y, const X* x, int64_t count, double alpha, double beta) {
-  for (int64_t index = 0; index < count; ++index) y[index] = blend(y[index], x[index], alpha, beta);
+  const bool ahead = is_long<Y>(count);
+  int64_t index = 0;
+  for (; index + kLanes <= count; index += kLanes) {
+    if (ahead) fetch_ahead(y + index);
+    if (ahead) fetch_ahead(x + index);
+    for (int lane = 0; lane < kLanes; ++lane) y[index + lane] = blend(y[index + lane], x[index + lane], alpha, beta);
+  }
+  for (; index < count; ++index) y[index] = blend(y[index], x[index], alpha, beta);
 }
 
 template <class Y>

@@ -74,14 +74,17 @@ class Account:
         assert self._masses is not None
         masses = torch.cat([self._masses[:, None], x.masses], 1)
         explained, rounding = self.explained[:, None], self._rounding[:, None]
+        every = list(at) == list(range(steps))  # then views do what indices would, at a fraction of the time
         if g is not None and factors is not None and len(self.refused) < len(self.sweep.laws):
             last_row = torch.tensor([sum(place <= step for place in at) for step in range(steps)], device=masses.device)
-            changes, errors = self._changes(masses.index_select(1, last_row), g, factors)
+            after = masses[:, 1:] if every else masses.index_select(1, last_row)
+            changes, errors = self._changes(after, g, factors)
             explained, rounding = (torch.cat(pair, 1).cumsum(1) for pair in ((explained, changes), (rounding, errors)))
         else:
             explained, rounding = (each.expand(-1, steps + 1) for each in (explained, rounding))
         before = torch.tensor(at, dtype=torch.int64, device=masses.device)
-        found = self._statistics(x, explained.index_select(1, before), rounding.index_select(1, before))
+        then = (each[:, :-1] if every else each.index_select(1, before) for each in (explained, rounding))
+        found = self._statistics(x, *then)
         self.explained, self._rounding, self._masses = (
             explained[:, -1].clone(),
             rounding[:, -1].clone(),
@@ -92,14 +95,16 @@ class Account:
     def _changes(self, masses: Tensor, g: Swept, factors: Tensor) -> tuple[Tensor, Tensor]:
         """Return a²Q(g) of each plain step, (size, steps), and what rounding may do in it, (units, steps)."""
         a = factors.index_select(0, self._first)
-        per_value = a.index_select(0, self.sweep.unit_of)
-        quadratic = (per_value != 0) & ~self.sweep.linear.index_select(0, self.sweep.unit_of)[:, None]
-        both = torch.where(self.sweep.linear[:, None], g.masses, (masses * g.masses).sqrt())
-        first_order = torch.where(a != 0, 2 * self._gradient_error[:, None] * a.abs() * both, 0.0)
-        return (
-            torch.where(quadratic, per_value.square() * g.values, 0.0),
-            self._eps[:, None] * masses + first_order,
-        )
+        per_value = self.sweep.of_values(a)
+        changes = per_value.square() * g.values
+        both = (masses * g.masses).sqrt()
+        if self.sweep.any_linear:
+            changes[self.sweep.of_values(self.sweep.linear)] = 0
+            both = torch.where(self.sweep.linear[:, None], g.masses, both)
+        errors = 2 * self._gradient_error[:, None] * a.abs() * both
+        if not factors.all():  # a step that is not taken, as its gradient is infinite, changes nothing
+            changes, errors = torch.where(per_value != 0, changes, 0.0), torch.where(a != 0, errors, 0.0)
+        return changes, self._eps[:, None] * masses + errors
 
     def look(self, moves: Moves) -> None:
         """Look for laws whose parameters will not be moved by plain steps with a common factor."""
@@ -142,7 +147,7 @@ class Account:
         )
 
     def _unexplained(self, left: Tensor, masses: Tensor, rounding: Tensor) -> Tensor:
-        of_unit = _added(left.square(), self.sweep.unit_of, self.sweep.units).sqrt()
+        of_unit = self.sweep.size_of_units(left)
         # The sums of a sweep have an error of their own.
         allowed = MARGIN * (rounding + 2 * self._eps[:, None] * masses) + torch.finfo(torch.float64).tiny
         ratio = left.new_zeros(len(self.sweep.laws), left.shape[1])

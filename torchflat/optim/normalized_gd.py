@@ -178,22 +178,24 @@ class NormalizedGD(Optimizer):
             RuntimeError: a gradient is sparse, or its norm is not finite and ``error_if_nonfinite`` is set, or
                 ``fused`` is and there are no kernels for the device.
         """
-        _check_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        shares: list[_Share] = []
+        lots: list[_Share] = []
         clocks: list[Tensor] = []
         for index, group in enumerate(self.param_groups):
             params: list[Tensor] = []
             grads: list[Tensor] = []
             buffers: list[Tensor] = []
             self._init_group(group, params, grads, buffers, clocks)
-            pool = "global" if group["norm"] == "global" else index
-            shares += _shares(group, pool, params, grads, buffers)
-        if shares:
-            self._move(shares, clocks[-1])
+            if params:
+                pool = "global" if group["norm"] == "global" else index
+                lots.append(_Share(group, pool, _fused(group, params[0].device), None, params, grads, buffers))
+        if any(lot.group["capturable"] or lot.params[0].device.type != "cpu" for lot in lots):
+            _check_capture(self)
+        if lots and not self._move_at_once(lots, clocks[-1]):
+            self._move([share for lot in lots for share in lot.sorted()], clocks[-1])
         return loss
 
     # torch.compile runs a method of this name while it traces, with empty lists to fill.
@@ -236,17 +238,25 @@ class NormalizedGD(Optimizer):
             for p in group["params"]:
                 self.state[p]["step"] = clock
 
+    def _move_at_once(self, lots: Sequence[_Share], clock: Tensor) -> bool:
+        """Take the step by one call of a kernel, if that is all there is to it; return whether it is."""
+        if len(lots) > 1 or not lots[0].is_plain:
+            return False
+        reads_back = _reads_back(lots)
+        try:
+            norm = lots[0].move_at_once(clock.item() if reads_back else clock.to(_wide(clock.device)))
+        except RuntimeError:  # tensors to be sorted: the kernel looks at each, and refuses before it changes any
+            return False
+        if reads_back and not math.isfinite(norm.item()):
+            self._refuse(lots)
+        else:
+            clock += 1 if reads_back else norm.isfinite().to(clock.device)
+        return True
+
     def _move(self, shares: Sequence[_Share], clock: Tensor) -> None:
         """Take the step and advance k; or, if the norm of the gradient is not finite, do neither."""
-        reads_back = not (torch.compiler.is_compiling() or any(share.group["capturable"] for share in shares))
+        reads_back = _reads_back(shares)
         k = clock.item() if reads_back else clock.to(_wide(clock.device))
-        if len(shares) == 1 and shares[0].is_plain:
-            norm = shares[0].move_at_once(k)
-            if reads_back and not math.isfinite(norm.item()):
-                self._refuse(shares)
-            else:
-                clock += 1 if reads_back else norm.isfinite().to(clock.device)
-            return
         directions = [share.grads for share in shares]
         norms = [share.norms(share.grads) for share in shares]
         finite = _total(norms).isfinite()
@@ -281,7 +291,7 @@ class NormalizedGD(Optimizer):
 
 @dataclass(frozen=True)
 class _Share:
-    """What one group has on one device, as real tensors; where they are parts of DTensors, ``whole`` are those.
+    """What one group has; :meth:`sorted` on one device, as real tensors, and ``whole`` the DTensors they are parts of.
 
     Shares of the same ``pool`` are divided by the norm of all of them.
     """
@@ -296,8 +306,29 @@ class _Share:
 
     @property
     def is_plain(self) -> bool:
-        """Whether one call of a kernel does the whole step, if there are no other shares."""
-        return self.fused and self.whole is None and not self.buffers and self.group["norm"] != "tensor"
+        """Whether one call of a kernel does the whole step, if there are no other shares and nothing to sort."""
+        usual = self.fused and not self.buffers and self.group["norm"] != "tensor"
+        return usual and not sharded.is_sharded(self.params)
+
+    def sorted(self) -> list[_Share]:
+        """Return a share for each device, with real tensors, and with local parts for DTensors."""
+        lists, whole = [self.params, self.grads, self.buffers], None
+        if sharded.is_sharded(self.params):
+            whole = self.params
+            lists = [sharded.local(tensors, whole) if tensors else [] for tensors in lists]
+        if any(dtype.is_complex for dtype in {p.dtype for p in self.params}):
+            lists[1] = [grad.resolve_conj() for grad in lists[1]]
+            lists = [[torch.view_as_real(each) if each.is_complex() else each for each in tensors] for tensors in lists]
+        devices = {each.device for each in lists[0]}
+        if len(devices) == 1:
+            return [_Share(self.group, self.pool, self.fused, whole, *lists)]
+        shares = []
+        for device in sorted(devices, key=str):
+            here = [index for index, each in enumerate(lists[0]) if each.device == device]
+            parts = [[tensors[index] for index in here] if tensors else [] for tensors in lists]
+            whole_here = whole and [whole[index] for index in here]
+            shares.append(_Share(self.group, self.pool, _fused(self.group, device), whole_here, *parts))
+        return shares
 
     def length(self, k: float | Tensor) -> float | Tensor:
         """Return α_k, a 0-dim tensor if ``lr`` or ``k`` is one."""
@@ -370,28 +401,9 @@ def _depth_of_caller() -> int:
     return depth
 
 
-def _shares(
-    group: dict[str, Any], pool: str | int, params: list[Tensor], grads: list[Tensor], buffers: list[Tensor]
-) -> list[_Share]:
-    """Cut what a group has into shares, one for each device."""
-    if not params:
-        return []
-    lists, whole = [params, grads, buffers], None
-    if sharded.is_sharded(params):
-        lists, whole = [sharded.local(tensors, params) if tensors else [] for tensors in lists], params
-    if any(dtype.is_complex for dtype in {p.dtype for p in params}):
-        lists[1] = [grad.resolve_conj() for grad in lists[1]]
-        lists = [[torch.view_as_real(each) if each.is_complex() else each for each in tensors] for tensors in lists]
-    devices = {each.device for each in lists[0]}
-    if len(devices) == 1:
-        return [_Share(group, pool, _fused(group, devices.pop()), whole, *lists)]
-    shares = []
-    for device in sorted(devices, key=str):
-        here = [index for index, each in enumerate(lists[0]) if each.device == device]
-        parts = [[tensors[index] for index in here] if tensors else [] for tensors in lists]
-        whole_here = whole and [whole[index] for index in here]
-        shares.append(_Share(group, pool, _fused(group, device), whole_here, *parts))
-    return shares
+def _reads_back(shares: Sequence[_Share]) -> bool:
+    """Whether numbers may come back from the device, so that Python knows them."""
+    return not (torch.compiler.is_compiling() or any(share.group["capturable"] for share in shares))
 
 
 def _fused(group: dict[str, Any], device: torch.device) -> bool:
@@ -447,4 +459,6 @@ def _fused_normalizedgd(params: list[Tensor], directions: list[Tensor], alpha: T
 
 
 def _factor(value: float | Tensor, device: torch.device) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float64, device=device).reshape(1)
+    if isinstance(value, Tensor):
+        return value.to(device, torch.float64).reshape(1)
+    return torch.tensor([value], dtype=torch.float64, device=device)

@@ -130,6 +130,7 @@ class Tracker:
         self._loaded: Mapping[str, Any] | None = None
         self._moves = Moves(optimizer, self._parameters)
         self._setting: tuple[Any, ...] | None = None
+        self._plain = False
         self._pending: list[Seen] = []
         self._travelled = Travelled()
         self._loss: Tensor | float | None = None
@@ -288,14 +289,14 @@ class Tracker:
         if setting != self._setting:
             self.flush()
             account.look(self._moves)
-            self._setting = setting
-        plain = self._moves.refusal() is None
+            self._setting, self._plain = setting, self._moves.refusal() is None
+        plain = self._plain
         recorded = self.steps % self.every == 0
         if plain or recorded or self._measures_steps:
             gradients = [parameter.grad for parameter in self._parameters.values()]
             seen = Seen(
                 step=self.steps,
-                x=account.sweep.read(self._tensors()) if recorded else None,
+                x=account.sweep.read(list(self._parameters.values())) if recorded else None,
                 g=account.sweep.read(gradients) if plain else None,
                 squares=account.sweep.squares(gradients) if recorded and not plain else None,
                 move=self._moves.next() if plain else None,
