@@ -1,8 +1,8 @@
 """Build of the native kernels; everything else about the package is in pyproject.toml.
 
 The kernels are built against the torch of the environment that the package is installed into, also under pip's build
-isolation, and need nothing of Python: one binary serves every Python and every torch from ABI_TARGET on. Without torch
-or a C++ compiler the package installs with the reference kernels, and `torchflat doctor` says why.
+isolation, with the stable ABI of both: one binary serves every Python, and every torch from ABI_TARGET on. Without
+torch or a C++ compiler the package installs with the reference kernels, and `torchflat doctor` says why.
 
 Environment: TORCHFLAT_NO_NATIVE=1 builds no kernels; TORCHFLAT_CUDA=0 no CUDA kernels; CUDA_HOME and
 TORCH_CUDA_ARCH_LIST are those of torch.utils.cpp_extension.
@@ -126,10 +126,10 @@ class RecordingBuild(build_py):
 
 
 class AnyPythonWheel(bdist_wheel):
-    """The libraries know no Python: the tag names the platform only."""
+    """The libraries keep to the limited API: one wheel serves every Python from the oldest that is supported on."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        return ("py3", "none", super().get_tag()[2])
+        return ("cp310", "abi3", super().get_tag()[2])
 
 
 def native_build() -> type[build_ext]:

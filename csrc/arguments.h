@@ -77,6 +77,8 @@ inline Basis checked_basis(const Tensor& basis, const Tensor& vector) {
   return {basis.const_data_ptr(), kind_of(basis), basis.size(0), basis.size(1), basis.stride(0)};
 }
 
+inline int64_t element_size(Kind kind) { return kind == Kind::float64 ? 8 : kind == Kind::float32 ? 4 : 2; }
+
 // A run of elements of one pair of tensors: what one thread (CPU) or block (CUDA) works on at a time.
 struct Chunk {
   void* left;
@@ -94,26 +96,45 @@ struct Chunks {
   std::vector<std::pair<Tensor, Tensor>> written;  // tensors whose stand-ins are written to, and these
   int64_t elements = 0;
 
+  // Cut one more pair, of `count` elements each, into chunks of at most `size`.
+  void add(void* left, Kind left_kind, const void* right, Kind right_kind, int64_t count, int64_t size) {
+    const auto pair = static_cast<int32_t>(starts.size());
+    starts.push_back(static_cast<int32_t>(list.size()));
+    for (int64_t start = 0; start < count; start += size) {
+      list.push_back(
+          {static_cast<char*>(left) + start * element_size(left_kind),
+           static_cast<const char*>(right) + start * element_size(right_kind),
+           static_cast<int32_t>(std::min(size, count - start)), pair, left_kind, right_kind});
+    }
+    elements += count;
+  }
+
   // Give the tensors what was written to their stand-ins.
   void finish() {
     for (auto& [tensor, copy] : written) torch::stable::copy_(tensor, copy);
   }
 };
 
-inline int64_t element_size(Kind kind) { return kind == Kind::float64 ? 8 : kind == Kind::float32 ? 4 : 2; }
-
 // Whether two tensors of one shape lay out their elements in the same order, one after another without gaps, so that
 // they may be walked in storage order: true of two contiguous ones, and of two in channels-last order.
-inline bool same_order(const Tensor& a, const Tensor& b) {
-  const auto sizes = a.sizes(), a_strides = a.strides(), b_strides = b.strides();
+inline bool same_order(const int64_t* sizes, const int64_t* a_strides, const int64_t* b_strides, size_t axes) {
+  int64_t expected = 1;
+  size_t axis = axes;
+  for (; axis > 0; --axis) {
+    if (sizes[axis - 1] == 1) continue;
+    if (a_strides[axis - 1] != b_strides[axis - 1]) return false;
+    if (a_strides[axis - 1] != expected) break;
+    expected *= sizes[axis - 1];
+  }
+  if (axis == 0) return true;
   std::vector<std::pair<int64_t, int64_t>> steps;
-  for (size_t axis = 0; axis < sizes.size(); ++axis) {
+  for (axis = 0; axis < axes; ++axis) {
     if (sizes[axis] == 1) continue;
     if (a_strides[axis] != b_strides[axis]) return false;
     steps.emplace_back(a_strides[axis], sizes[axis]);
   }
   std::sort(steps.begin(), steps.end());
-  int64_t expected = 1;
+  expected = 1;
   for (const auto& [stride, size] : steps) {
     if (stride != expected) return false;
     expected *= size;
@@ -139,22 +160,16 @@ inline Chunks checked_chunks(
         ": pair ", index, " has different shapes, ", shape_of(*a), " and ", shape_of(*b));
     STD_TORCH_CHECK(a->device() == device && b->device() == device, name, ": pair ", index, " is on another device");
     const bool a_contiguous = a->is_contiguous(), b_contiguous = b->is_contiguous();
-    if (!(a_contiguous && b_contiguous) && !same_order(*a, *b)) {
+    const auto same = [&] {
+      return same_order(a_sizes.data(), a->strides().data(), b->strides().data(), a_sizes.size());
+    };
+    if (!(a_contiguous && b_contiguous) && !same()) {
       if (!a_contiguous) a = &chunks.copies.emplace_back(torch::stable::contiguous(*a));
       if (!a_contiguous && write) chunks.written.emplace_back(left[index], *a);
       if (!b_contiguous) b = &chunks.copies.emplace_back(torch::stable::contiguous(*b));
     }
-    const Kind a_kind = kind_of(*a), b_kind = kind_of(*b);
-    auto* a_data = static_cast<char*>(write ? a->mutable_data_ptr() : const_cast<void*>(a->const_data_ptr()));
-    const auto* b_data = static_cast<const char*>(b->const_data_ptr());
-    const int64_t count = a->numel();
-    chunks.starts.push_back(static_cast<int32_t>(chunks.list.size()));
-    for (int64_t start = 0; start < count; start += size) {
-      chunks.list.push_back(
-          {a_data + start * element_size(a_kind), b_data + start * element_size(b_kind),
-           static_cast<int32_t>(std::min(size, count - start)), static_cast<int32_t>(index), a_kind, b_kind});
-    }
-    chunks.elements += count;
+    void* a_data = write ? a->mutable_data_ptr() : const_cast<void*>(a->const_data_ptr());
+    chunks.add(a_data, kind_of(*a), b->const_data_ptr(), kind_of(*b), a->numel(), size);
   }
   chunks.starts.push_back(static_cast<int32_t>(chunks.list.size()));
   return chunks;

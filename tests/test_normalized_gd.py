@@ -710,12 +710,15 @@ def test_one_call_of_a_kernel_is_what_its_parts_are(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], dtype: torch.dtype, capturable: bool
 ) -> None:
     ends = []
-    for plain in (True, False):
+    for way in ("past the dispatcher", "at once", "in parts"):
         params = with_gradients([[3.0, -4.0], [0.5, 7.0]], [12.0], [[]], dtype=dtype)
-        params[0].grad = params[0].grad.T
         given = {"lr": 0.3, "capturable": capturable, "fused": True, **options}
         optimizer = NormalizedGD(params, **given)
-        monkeypatch.setattr(normalized_gd._Share, "is_plain", plain)
+        if way != "past the dispatcher":
+            params[0].grad = params[0].grad.T.contiguous().T
+            monkeypatch.setattr(ops, "normalized_step_", lambda *_: None)
+        if way == "in parts":
+            monkeypatch.setattr(normalized_gd._Share, "is_plain", False)
         before = clones([p.grad for p in params])
         for _ in range(3):
             optimizer.step()
@@ -723,8 +726,43 @@ def test_one_call_of_a_kernel_is_what_its_parts_are(
         assert count(optimizer) == 3
         ends.append(clones(params))
     eps = torch.finfo(dtype).eps
-    equal(*ends, rtol=4 * eps, atol=4 * eps)
+    for end in ends[1:]:
+        equal(ends[0], end, rtol=4 * eps, atol=4 * eps)
     assert not torch.equal(ends[0][0], torch.ones_like(ends[0][0]))
+
+
+@needs_native
+def test_the_short_way_past_the_dispatcher_is_taken_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    ways = []
+    monkeypatch.setattr(ops, "normalized_axpby_", lambda *_: ways.append("dispatcher") or torch.zeros(()))
+    for options in ({}, {"weight_decay": 0.1}, {"norm": "group"}, {"maximize": True}):
+        optimizer = NormalizedGD(with_gradients([3.0], [4.0, 0.0]), 1.0, **options)
+        optimizer.step()
+        assert ways.pop() == "dispatcher" and not ways  # the first makes the state
+        for _ in range(2):
+            optimizer.step()
+        assert not ways and count(optimizer) == 3
+
+
+@paths
+def test_a_parameter_without_a_gradient_stays_and_may_be_saved_for_backward(path: dict[str, Any]) -> None:
+    optimizer = NormalizedGD(params := with_gradients([3.0], [4.0]), 1.0, decay=0, **path)
+    optimizer.step()
+    params[1].grad = None
+    loss = (params[1] ** 2).sum()
+    optimizer.step()
+    loss.backward()  # no false alarm that it was modified
+    equal(clones(params), [torch.tensor([end], dtype=torch.float64) for end in (-0.6, 0.2)], rtol=1e-14, atol=1e-14)
+
+
+@paths
+def test_the_first_group_may_be_empty(path: dict[str, Any]) -> None:
+    params = with_gradients([3.0, 4.0])
+    optimizer = NormalizedGD([{"params": []}, {"params": params}], 1.0, decay=0, **path)
+    for _ in range(2):
+        optimizer.step()
+    equal(clones(params), [torch.tensor([-0.2, -0.6], dtype=torch.float64)], rtol=1e-14, atol=1e-14)
+    assert [float(state["step"]) for state in optimizer.state_dict()["state"].values()] == [2]
 
 
 # Shards of unknown norm -----------------------------------------------------------------------------------------------

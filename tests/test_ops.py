@@ -394,6 +394,112 @@ def test_strided_targets_are_written_and_their_gaps_are_not(kernels: Kernels) ->
         torch.testing.assert_close(last, (2 * x[1] - 7).double(), rtol=4 * EPS, atol=0)
 
 
+# --- normalized_step_: the same, past the dispatcher ------------------------------------------------------------------
+
+needs_exchange = pytest.mark.skipif(library.compiled_step is None, reason="no compiled step, or a torch without DLPack")
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "transposed": lambda x: x.T.contiguous().T,
+    "a slice": lambda x: torch.cat([x, x])[len(x) :],
+}
+
+
+def with_gradient(p: Tensor, gradient: Tensor) -> torch.nn.Parameter:
+    parameter = torch.nn.Parameter(p)
+    parameter.grad = gradient
+    return parameter
+
+
+@needs_exchange
+@settings(max_examples=100, deadline=None)
+@given(
+    shapes=st.lists(
+        st.sampled_from([(1,), (0, 3), (7,), (33, 9), (1, 5), (130, 257), (2, 1, 3)]), min_size=1, max_size=5
+    ),
+    dtype=st.sampled_from(FLOATS),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    factor=st.sampled_from([(-0.3, 1.0), (0.7, 0.9), (0.0, 0.5), (-1.0, 0.0)]),
+    scale=st.sampled_from([0.0, 1e-30, 1.0, math.inf, math.nan]),
+)
+def test_a_step_past_the_dispatcher_is_that_through_it(
+    shapes: list[tuple[int, ...]], dtype: torch.dtype, layout: str, factor: tuple[float, float], scale: float
+) -> None:
+    def laid(x: Tensor) -> Tensor:
+        return LAYOUTS[layout](x) if x.dim() == 2 else x
+
+    y = [laid(randn(*shape, dtype=dtype, seed=index)) for index, shape in enumerate(shapes)]
+    x = [laid(scale * randn(*shape, dtype=dtype, seed=index + 9)) for index, shape in enumerate(shapes)]
+    expected = [each.clone() for each in y]
+    norm = ops.normalized_axpby_(expected, x, factors(factor[0]), factors(factor[1]))
+    params = [with_gradient(each, gradient) for each, gradient in zip(y, x, strict=True)]
+    with torch.no_grad():
+        torch.testing.assert_close(ops.normalized_step_(params, *factor), norm.item(), rtol=0, atol=0, equal_nan=True)
+    for p, value, gradient in zip(params, expected, x, strict=True):
+        torch.testing.assert_close(p.detach(), value, rtol=0, atol=0, equal_nan=True)
+        assert p.grad is gradient
+
+
+class Wrapped(Tensor):
+    """A tensor that may be more than its memory shows."""
+
+
+def as_imaginary_part() -> Tensor:
+    """A tensor of one element whose sign is not in memory."""
+    part = torch.complex(torch.zeros(1), -torch.ones(1)).conj().imag
+    assert part.is_neg() and part.is_contiguous() and part.item() == 1.0
+    return part
+
+
+@needs_exchange
+@pytest.mark.parametrize(
+    "odd",
+    [
+        pytest.param(lambda: torch.nn.Parameter(torch.ones(1)), id="no gradient"),
+        pytest.param(lambda: with_gradient(torch.ones(1), as_imaginary_part()), id="negated"),
+        pytest.param(lambda: with_gradient(torch.ones(2), torch.ones(2).to_sparse()), id="sparse"),
+        pytest.param(lambda: with_gradient(torch.ones(2, 3), torch.ones(3, 2).T), id="another order"),
+        pytest.param(lambda: with_gradient(torch.ones(4)[::2], torch.ones(2)), id="gaps"),
+        pytest.param(lambda: with_gradient(*torch.ones(2, 2, dtype=torch.complex64)), id="complex"),
+        pytest.param(lambda: with_gradient(*torch.ones(2, 2, device="meta")), id="meta"),
+        pytest.param(lambda: with_gradient(torch.ones(2), torch.ones(2).as_subclass(Wrapped)), id="odd gradient"),
+        pytest.param(lambda: with_gradient(torch.ones(2).as_subclass(Wrapped), torch.ones(2)), id="odd parameter"),
+        pytest.param(lambda: None, id="no tensor"),
+    ],
+)
+def test_what_must_be_looked_at_is_not_stepped_past_the_dispatcher(odd: Callable[[], Any]) -> None:
+    plain = with_gradient(torch.ones(3), torch.ones(3))
+    with torch.no_grad():
+        assert ops.normalized_step_([plain, odd()], -1.0, 0.5) is None
+        assert ops.normalized_step_([odd(), plain], -1.0, 0.5) is None
+        assert plain.tolist() == [1.0, 1.0, 1.0] and plain._version == 0
+        assert ops.normalized_step_([], -1.0, 0.5) is None
+        assert ops.normalized_step_([plain], -1.0, 1.0) == math.sqrt(3)
+
+
+@needs_exchange
+def test_a_step_past_the_dispatcher_is_noticed_by_autograd() -> None:
+    p = with_gradient(torch.ones(3), torch.ones(3))
+    loss = (p**2).sum()
+    with pytest.raises(RuntimeError, match="normalized_step_ is not differentiable"):
+        ops.normalized_step_([p], -1.0, 1.0)
+    with torch.no_grad():
+        ops.normalized_step_([p], -1.0, 1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@needs_exchange
+def test_references_are_given_back() -> None:
+    p, odd = with_gradient(torch.ones(3), torch.ones(3)), torch.nn.Parameter(torch.ones(1))
+    before = [sys.getrefcount(each) for each in (p, p.grad, odd, None)]
+    with torch.no_grad():
+        for _ in range(1000):
+            ops.normalized_step_([p], -1e-3, 1.0)
+            ops.normalized_step_([p, odd], -1e-3, 1.0)
+    after = [sys.getrefcount(each) for each in (p, p.grad, odd, None)]
+    assert all(abs(one - other) < 100 for one, other in zip(before, after, strict=True))
+
+
 # --- what holds for all -----------------------------------------------------------------------------------------------
 
 

@@ -1,13 +1,12 @@
 // Dot product, norms and scaled addition over lists of tensors, in one call for the whole list.
 #include <torch/csrc/stable/library.h>
 
-#include "../arguments.h"
+#include "sweeps.h"
 #include "vectorized.h"
 
 namespace torchflat {
 namespace {
 
-constexpr int64_t kChunk = 16384;
 constexpr int64_t kSerialElements = 65536;  // below this, waking threads costs more than it saves
 
 template <class A, class B>
@@ -136,15 +135,24 @@ void axpby_(
   blend_all(chunks, checked_factors(alpha, beta, y[0], static_cast<int64_t>(y.size()), "axpby_"));
 }
 
+}  // namespace
+
+double normalized_step(Chunks& chunks, double alpha, double beta) {
+  const std::vector<double> squares = chunk_squares(chunks);
+  const double norm = std::sqrt(sum(squares, 0, squares.size()));
+  const double alpha_now = normalized_alpha(alpha, norm), beta_now = normalized_beta(beta, norm);
+  blend_all(chunks, {&alpha_now, &beta_now, true});
+  return norm;
+}
+
+namespace {
+
 Tensor normalized_axpby_(
     const std::vector<Tensor>& y, const std::vector<Tensor>& x, const Tensor& alpha, const Tensor& beta) {
   Chunks chunks = checked_chunks(y, x, kChunk, true, "normalized_axpby_");
   const Factors factors = checked_factors(alpha, beta, y[0], 1, "normalized_axpby_");
-  const std::vector<double> squares = chunk_squares(chunks);
-  const double norm = std::sqrt(sum(squares, 0, squares.size()));
-  const double alpha_now = normalized_alpha(*factors.alpha, norm), beta_now = normalized_beta(*factors.beta, norm);
-  blend_all(chunks, {&alpha_now, &beta_now, true});
-  return torch::stable::full({}, norm, torch::headeronly::ScalarType::Double);
+  return torch::stable::full(
+      {}, normalized_step(chunks, *factors.alpha, *factors.beta), torch::headeronly::ScalarType::Double);
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchflat.ops.library import backend, describe
+from torchflat.ops.library import backend, compiled_step, describe
 
 __all__ = [
     "axpby_",
@@ -23,6 +23,7 @@ __all__ = [
     "line_squares",
     "norm",
     "normalized_axpby_",
+    "normalized_step_",
     "norms",
     "orthogonalize_",
 ]
@@ -193,6 +194,30 @@ def normalized_axpby_(y: Sequence[Tensor], x: Sequence[Tensor], alpha: Tensor, b
     _refuse_autograd("normalized_axpby_", (*y, *x, alpha, beta))
     norm: Tensor = torch.ops.torchflat.normalized_axpby_(y, x, alpha, beta)
     _mark_changed(y)
+    return norm
+
+
+def normalized_step_(params: list[Tensor], alpha: float, beta: float) -> float | None:
+    """Do :func:`normalized_axpby_` to parameters with their gradients, without the dispatcher; return the norm.
+
+    The dispatcher takes longer to hand over some hundred small tensors than the step takes. This looks at plain ones
+    only: dense real tensors of the CPU, each with a gradient in the same order in memory. Where there is another, or no
+    compiled kernel, or a graph is traced, nothing changes and None is returned: take the general way.
+
+    Raises:
+        RuntimeError: if autograd would have to follow.
+
+    >>> p = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    >>> with torch.no_grad():
+    ...     print(normalized_step_([p], -1.0, 1.0))  # there is no gradient
+    None
+    """
+    if compiled_step is None or torch.compiler.is_compiling():
+        return None
+    _refuse_autograd("normalized_step_", params)
+    norm = compiled_step(params, alpha, beta)
+    if norm is not None:
+        _mark_changed(params)
     return norm
 
 

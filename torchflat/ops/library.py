@@ -6,6 +6,7 @@ CPU and CUDA on top of that. What runs on a device is therefore asked of the dis
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Callable
@@ -144,6 +145,15 @@ _define(
     _fake_normalized_axpby,
 )
 
+
+def _compiled_step() -> Callable[[list[Tensor], float, float], float | None] | None:
+    """Return the step that parameters are handed to without the dispatcher, if it is compiled and torch allows it."""
+    try:
+        return importlib.import_module("torchflat.ops._cpu").normalized_step  # type: ignore[no-any-return]
+    except ImportError:  # a torch that does not show its tensors to C
+        return None
+
+
 _loaded: dict[str, str] = {}
 _reasons: dict[str, str] = {}
 for _device in ("cpu", "cuda"):
@@ -151,3 +161,5 @@ for _device in ("cpu", "cuda"):
         _loaded[_device] = _load(_device)
     except OSError as error:
         _reasons[_device] = str(error)
+
+compiled_step = _compiled_step() if "cpu" in _loaded else None

@@ -167,7 +167,8 @@ class NormalizedGD(Optimizer):
     @property
     def _clock(self) -> Tensor:
         """The count of steps, k."""
-        clock: Tensor = self.state[self.param_groups[0]["params"][0]]["step"]
+        first = next(p for group in self.param_groups for p in group["params"])  # a group may have none
+        clock: Tensor = self.state[first]["step"]
         return clock
 
     @_use_grad_for_differentiable
@@ -182,6 +183,8 @@ class NormalizedGD(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._move_plainly():
+            return loss
         lots: list[_Share] = []
         clocks: list[Tensor] = []
         for index, group in enumerate(self.param_groups):
@@ -237,6 +240,24 @@ class NormalizedGD(Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p]["step"] = clock
+
+    def _move_plainly(self) -> bool:
+        """Take the step without a look at each tensor, if there is no need for one; return whether it is taken."""
+        group = self.param_groups[0]
+        lot = _Share(group, "global", True, None, group["params"], [], [])
+        if len(self.param_groups) > 1 or group["momentum"] or isinstance(group["lr"], Tensor) or not _reads_back([lot]):
+            return False
+        first = next(iter(group["params"]), None)
+        if first is None or "step" not in self.state.get(first, ()):
+            return False
+        if group["norm"] == "tensor" or not _fused(group, first.device):
+            return False
+        alpha, beta = lot.factors(self._clock.item())
+        norm = ops.normalized_step_(group["params"], alpha, beta)
+        if norm is None or not math.isfinite(norm):  # which moves nothing
+            return False
+        self._clock.add_(1)
+        return True
 
     def _move_at_once(self, lots: Sequence[_Share], clock: Tensor) -> bool:
         """Take the step by one call of a kernel, if that is all there is to it; return whether it is."""
@@ -338,11 +359,14 @@ class _Share:
         length: float | Tensor = lr * (k + 1) ** -self.group["decay"]
         return length
 
+    def factors(self, k: Any) -> tuple[Any, Any]:
+        """Return what multiplies the normalized gradient, and what the parameters: numbers if ``k`` is one."""
+        length = self.length(k)
+        return length if self.group["maximize"] else -length, 1 - length * self.group["weight_decay"]
+
     def move_at_once(self, k: float | Tensor) -> Tensor:
         """Take the step, if the norm of the gradient, which is returned, is finite."""
-        length = self.length(k)
-        alpha = length if self.group["maximize"] else -length
-        beta = 1 - length * self.group["weight_decay"]
+        alpha, beta = self.factors(k)
         device = self.params[0].device
         return ops.normalized_axpby_(self.params, self.grads, _factor(alpha, device), _factor(beta, device))
 
