@@ -42,6 +42,7 @@ TITLE = "Unique Properties of Flat Minima, Figures 4 and 5: sharpness of MNIST d
 
 STARTS = {"identity": "the identity", "he": "He's weights"}
 COLOURS = {"identity": BLUE, "he": ORANGE}
+MARKS = {"x": "×: diverges", "_": "–: no better than the answer 0", ".": "•: λ₁ > 2/η"}
 # A network trains if its loss is below that of the answer 0 by at least this share: one that died is just below.
 BETTER = 0.02
 
@@ -252,21 +253,25 @@ def draw(data: dict[str, Any]) -> Mapping[str, Figure]:
 
 
 def draw_tiles(figure: Figure, axes: Axes, data: dict[str, Any], start: str) -> None:
-    """Draw λ₁ over depth and step: white with a cross where it does not train, a dot where SGD cannot stay."""
+    """Draw λ₁ over depth and step: white where it does not train; a mark says how, or that SGD cannot stay."""
     rows = tiles(data, start)
     steps = sorted({tile.step for row in rows.values() for tile in row})
     values = torch.full((len(steps), len(rows)), math.nan)
+    used = set()
     for column, row in enumerate(rows.values()):
         for tile in row:
             place = (column + 0.5, steps.index(tile.step) + 0.5)
             if tile.trains:
                 values[steps.index(tile.step), column] = nan(tile.sharpness)
             if not (tile.trains and tile.stays):
-                axes.plot(*place, "." if tile.trains else "x", color=ORANGE if tile.trains else GREY, markersize=6)
+                mark = "." if tile.trains else "x" if tile.sharpness is None else "_"
+                axes.plot(*place, mark, color=ORANGE if tile.trains else GREY, markersize=6)
+                used.add(mark)
     low, high = (float(extreme) for extreme in values[values.isfinite()].aminmax())
     image = axes.pcolormesh(values.numpy(), norm=LogNorm(low, high), cmap="cividis_r")
     powers(figure.colorbar(image, ax=axes, label="λ₁ of a pixel's loss").ax, "y", low, high)
     axes.set_xticks([i + 0.5 for i in range(len(rows))], [str(depth) for depth in rows])
     axes.set_yticks([i + 0.5 for i in range(len(steps))], [f"{step:.3g}" for step in steps])
     axes.grid(False)
-    axes.set(xlabel="depth m, layers     (×: untrained,  •: λ₁ > 2/η)", ylabel="step η", title=f"From {STARTS[start]}")
+    meaning = ",  ".join(says for mark, says in MARKS.items() if mark in used)
+    axes.set(xlabel=f"depth m, layers\n{meaning}", ylabel="step η", title=f"From {STARTS[start]}")
