@@ -220,26 +220,27 @@ def _eliminated(batches: list[tuple[Tensor, Tensor]]) -> _Sums:
 
 
 def _one_by_one(rows: Tensor, coefficients: Tensor) -> _Sums:
-    """Eliminate in fractions: each pivot is the variable that fewest equations know, so that shared ones stay."""
+    """Eliminate exactly: each pivot is the variable that fewest equations know, so that shared ones stay."""
     equations = [
-        {v: Fraction(c).limit_denominator(_DENOMINATOR) for v, c in zip(names, values, strict=True) if c}
+        {v: _exact(c) for v, c in zip(names, values, strict=True) if c}
         for names, values in zip(rows.tolist(), coefficients.tolist(), strict=True)
     ]
     uses = Counter(variable for row in equations for variable in row)
-    solved: dict[int, dict[int, Fraction]] = {}
+    solved: dict[int, dict[int, int | Fraction]] = {}
     for row in equations:
-        reduced: dict[int, Fraction] = {}
+        reduced: dict[int, int | Fraction] = {}
         pending = list(row.items())
         while pending:
             variable, c = pending.pop()
             if variable in solved:
                 pending.extend((other, c * weight) for other, weight in solved[variable].items())
             else:
-                reduced[variable] = reduced.get(variable, Fraction(0)) + c
+                reduced[variable] = reduced.get(variable, 0) + c
         reduced = {v: c for v, c in reduced.items() if c}
         if reduced:
             pivot = min(reduced, key=lambda v: (uses[v], -v))
-            scale = -1 / reduced.pop(pivot)
+            own = reduced.pop(pivot)
+            scale = -own if own in (1, -1) else -1 / Fraction(own)
             solved[pivot] = {v: c * scale for v, c in reduced.items()}
     return [
         (
@@ -249,6 +250,13 @@ def _one_by_one(rows: Tensor, coefficients: Tensor) -> _Sums:
         )
         for v, value in solved.items()
     ]
+
+
+def _exact(coefficient: float) -> int | Fraction:
+    """Return an integer where it is one, as nearly all are: their arithmetic is ten times as fast."""
+    if coefficient.is_integer():
+        return int(coefficient)
+    return Fraction(coefficient).limit_denominator(_DENOMINATOR)
 
 
 def _tabulated(sums: _Sums, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
