@@ -2,10 +2,9 @@
 
 The MNIST denoiser (six bias-free ReLU layers, 784 wide) is trained by SGD at batches of 100. Balance is timed step by
 step: two copies of the network take the same steps in turn, one of them tracked, so that a busy moment hits both. What
-was read is worked out once in 16 steps, so that 16 are taken together; the share is the median over such stretches of
-tracked/plain − 1. Sharpness is timed over one run, with λ₁ of the first rows every
-100 steps: the share is the time within the follower over that of the whole run. MNIST is found as
-:func:`torchflat.data.mnist` says.
+was read is worked out once in 64 steps, so that 64 are taken together; the share is the median over such stretches of
+tracked/plain − 1. Sharpness is timed over one run, with λ₁ of the first rows every 100 steps: the share is the time
+within the follower over that of the whole run. MNIST is found as :func:`torchflat.data.mnist` says.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from torch import Tensor, nn
 from torchflat import Objective
 from torchflat.data import denoising, mnist, relu_network
 from torchflat.optim import NormalizedGD, Tracker
-from torchflat.optim.tracker import STRETCH
 
 BATCH, EVERY = 100, 100
 MOST_BALANCE, MOST_SHARPNESS = 0.05, 0.15
@@ -57,17 +55,17 @@ class Training:
 
 def balance(optimizer: str, data: tuple[Tensor, Tensor], stretches: int) -> None:
     plain, tracked = (Training(optimizer, *data) for _ in range(2))
-    with Tracker(tracked.model, tracked.optimizer):
+    with Tracker(tracked.model, tracked.optimizer) as tracker:
         for training in (plain, tracked):
             for _ in range(3):  # the laws are found at the first step
                 training.step()
         times = []
         for _ in range(stretches):
             spent = {plain: 0.0, tracked: 0.0}
-            for index in range(STRETCH):
+            for index in range(tracker.stretch):
                 for training in (plain, tracked) if index % 2 else (tracked, plain):
                     spent[training] += training.step()
-            times.append((spent[plain] / STRETCH, spent[tracked] / STRETCH))
+            times.append((spent[plain] / tracker.stretch, spent[tracked] / tracker.stretch))
     share = statistics.median(b / a for a, b in times) - 1
     least = min(b for _, b in times) / min(a for a, _ in times) - 1
     a, b = (1e3 * statistics.median(column) for column in zip(*times, strict=True))

@@ -501,7 +501,9 @@ def test_asking_after_every_step_or_never_gives_the_same_history(name: str) -> N
     assert found[0] == found[1] and found[0]["step"] == list(range(0, 37, 2))
 
 
-def test_alarms_come_by_themselves_within_sixteen_steps() -> None:
+@pytest.mark.parametrize("room", [2**24, 2**10], ids=["64 steps", "fewer"])
+def test_alarms_come_by_themselves_within_a_stretch(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    monkeypatch.setattr("torchflat.optim.tracker.STRETCH_BYTES", room)
     said: list[tuple[int, Alarm]] = []
     model = network()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
@@ -509,9 +511,10 @@ def test_alarms_come_by_themselves_within_sixteen_steps() -> None:
         train(model, optimizer, batches(20), tracker)
         with torch.no_grad():
             model[0].weight.mul_(1.01)
-        train(model, optimizer, batches(20), tracker)
+        train(model, optimizer, batches(70), tracker)
     assert {alarm.subject for _, alarm in said} == {"0 → 2"}
-    assert all(alarm.step == 20 and 20 < steps <= 36 for steps, alarm in said)
+    assert tracker.stretch == 64 if room > 2**20 else 1 <= tracker.stretch < 10
+    assert all(alarm.step == 20 and 20 < steps <= 21 + tracker.stretch for steps, alarm in said)
 
 
 # The loss -------------------------------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ class Sweep:
             parts["values"].append((end + entry, value + entry, one))
             parts["masses"].append((end + entry[:1] + law.size**2, torch.tensor([unit]), one[:1]))
             end += law.size**2 + 1
-        self._reading = end
+        self.reading = end
         self._plan(parts)
         self.owner = torch.tensor(owners, dtype=torch.int64, device=self._device)
         self.unit_of = _joined(unit_of, torch.int64, self._device)
@@ -194,7 +194,7 @@ class Sweep:
         source, place, weight = self._places
         sizes = [self.size, self.units, len(self._shapes)]
         found = torch.zeros(sum(sizes), len(readings), dtype=torch.float64, device=self._device)
-        together = torch.stack(list(readings)).T.contiguous() if readings else found.new_zeros(self._reading, 0)
+        together = torch.stack(list(readings)).T.contiguous() if readings else found.new_zeros(self.reading, 0)
         for run, to, sign in self._runs:
             found[to].add_(together[run], alpha=sign)
         terms = together.index_select(0, source)

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["Tracker"]
 
 VERSION = 1
-# Steps that are worked out together.
-STRETCH = 16
+# Steps that are worked out together, and what their sums may take in bytes.
+STRETCH, STRETCH_BYTES = 64, 2**24
 
 
 class Tracker:
@@ -59,8 +59,8 @@ class Tracker:
     (:func:`~torchflat.optim.escape.escape`, T073–T083). ``nonfinite``: a loss, gradient or parameter is not finite.
 
     What is trained is not touched, random numbers, gradients, modes and buffers included. A step costs one sweep over
-    the gradients, and a row one over the parameters. Rows are worked out sixteen steps at a time (:meth:`flush`), so
-    that an alarm may come as much later, and training on another device is not held up.
+    the gradients, and a row one over the parameters. Rows are worked out ``stretch`` steps at a time (:meth:`flush`),
+    64 or fewer, so that an alarm may come as much later, and training on another device is not held up.
 
     Args:
         model: also within DistributedDataParallel or torch.compile.
@@ -119,6 +119,7 @@ class Tracker:
         self._history = Columns()
         self._watch = Watch(infimum, stall, product_bound)
         self.steps = 0
+        self.stretch = STRETCH
         self._log = log or warn
         self._parameters = tracked(self.model, optimizer)
         self._follower = None
@@ -256,8 +257,8 @@ class Tracker:
     def flush(self) -> None:
         """Work out the rows of all steps that have ended, and say what is amiss.
 
-        This is done by itself after every 16 steps, as one by one it would take much longer, and wherever the history
-        or the alarms are asked for.
+        This is done by itself after every ``stretch`` steps, as one by one it would take much longer, and wherever the
+        history or the alarms are asked for.
         """
         if self._account is None:
             return
@@ -283,7 +284,7 @@ class Tracker:
         account = self._account or self._begin()
         self._pending = [each for each in self._pending if not each.open]  # a step that failed
         # The first row at once, as that is where most is said.
-        if self._pending and (self.steps - self._pending[0].step >= STRETCH or not self._history.rows):
+        if self._pending and (self.steps - self._pending[0].step >= self.stretch or not self._history.rows):
             self.flush()
         setting = self._moves.setting()
         if setting != self._setting:
@@ -321,6 +322,7 @@ class Tracker:
         if self._loaded:
             account.load_state_dict(self._loaded)
         self._account = account
+        self.stretch = max(1, min(STRETCH, STRETCH_BYTES // max(16 * account.sweep.reading, 1)))
         return account
 
     def _found(self) -> Laws:
