@@ -5,9 +5,9 @@
 All run in turn on the same tensors, round by round, so that a busy moment hits all of them, and where the tensors lie
 is the same for all; ms are medians over the rounds and ratios are medians of the ratios of each round. `SGD / step`
 compares clip_grad_norm_ and SGD, both foreach, with a step; `SGD / C` is what this could be at most, for the loop has
-nothing around it: no lists of tensors, no Python. What a step costs besides: `kernel` is its one call of a compiled
-kernel, `lists` the part of that which hands over the tensors (a call on as many empty ones), and `idle` a step of a
-torch.optim.Optimizer that looks at its gradients and does nothing. GB/s are those of the C loop.
+nothing around it: no lists of tensors, no Python. `kernel` is the same by one call of a compiled kernel through the
+dispatcher, as on other devices, `lists` the part of that which hands over the tensors (a call on as many empty ones),
+and `idle` a step of a torch.optim.Optimizer that looks at its gradients and does nothing. GB/s are those of the C loop.
 
 With `--in-a-row 5` each runs five times before the next has its turn, and the last is timed: as in a loop of its own,
 where what fits into a cache is found there. Otherwise each finds what the others left, as after a backward pass.
