@@ -7,7 +7,7 @@
 namespace torchflat {
 namespace {
 
-constexpr int64_t kBlock = 65536;  // entries that one thread takes at a time
+constexpr int64_t kBlock = 262144;  // entries that one thread takes at a time
 constexpr int64_t kSerialElements = 65536;
 
 // Rows of a contiguous tensor (rows, columns, depth), where their sums go, and a row of sums for each column.
