@@ -49,5 +49,17 @@ def write_json(file: Path, content: Any) -> None:
     """Write the file whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1, allow_nan=True) + "\n")
+    part.write_text(_laid_out(content, "\n") + "\n")
     part.replace(file)
+
+
+def _laid_out(content: Any, line: str) -> str:
+    """Return JSON with a line for each entry, but for lists that hold no words: a curve is one line."""
+    inner = line + " "
+    if isinstance(content, Mapping) and content:
+        entries = (f"{json.dumps(key)}: {_laid_out(value, inner)}" for key, value in content.items())
+        return "{" + inner + f",{inner}".join(entries) + line + "}"
+    text = json.dumps(content)
+    if isinstance(content, (list, tuple)) and '"' in text:
+        return "[" + inner + f",{inner}".join(_laid_out(value, inner) for value in content) + line + "]"
+    return text
