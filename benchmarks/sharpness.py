@@ -64,7 +64,7 @@ class Comparison:
         if default["status"] == "failed":
             return
         records = [record for name in self.peers for record in self._climb(name, rows, truth["value"], default, exact)]
-        self._within_the_leanest(rows, records)
+        self._within_the_leanest(rows, records, truth["value"])
 
     def orders(self, rows: int) -> None:
         """Measure the default on the same rows in other orders."""
@@ -97,11 +97,11 @@ class Comparison:
             if record["status"] != "finished" or reached(record, truth):
                 return
 
-    def _within_the_leanest(self, rows: int, records: Sequence[Record]) -> None:
-        """Measure the default with the memory and the batch size of the peer that needs least, if all were measured."""
-        measured = [record for record in records if record["status"] != "failed"]
-        if {record["method"] for record in measured} == set(PEERS):
-            leanest = min(measured, key=lambda record: record["peak_bytes"])
+    def _within_the_leanest(self, rows: int, records: Sequence[Record], truth: float) -> None:
+        """Measure the default with the memory and the batch size of the leanest peer that got there, once all ran."""
+        there = [record for record in records if reached(record, truth)]
+        if there and {record["method"] for record in records if record["status"] != "failed"} == set(PEERS):
+            leanest = min(there, key=lambda record: record["peak_bytes"])
             batch = min(leanest["setting"]["batch"], rows)
             self._ours(rows, {"memory": leanest["peak_bytes"], "microbatch": batch})
 

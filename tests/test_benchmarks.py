@@ -174,8 +174,13 @@ def test_steps_are_searched_once_and_added_where_they_do_not_do(tmp_path: Path) 
     assert fewest_steps({"status": "finished", "values": [1.0, 1.5]}, TRUTH) == {"max_iter": 2}
 
 
-def test_memory_is_asked_for_as_the_leanest_peer_took_it(tmp_path: Path) -> None:
-    fake = Fake()
+def test_memory_is_asked_for_as_the_leanest_peer_that_got_there_took_it(tmp_path: Path) -> None:
+    class Lean(Fake):
+        def __call__(self, cell: Cell, limit: float | None) -> dict[str, Any]:
+            answer = super().__call__(cell, limit)
+            return answer if answer["value"] == TRUTH else {**answer, "peak_bytes": 10}
+
+    fake = Lean()
     compared(tmp_path, fake)
     assert [c.setting for c in fake.calls if "memory" in c.setting] == [{"memory": 1000, "microbatch": 500}]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import subprocess
@@ -10,6 +11,7 @@ import threading
 import time
 import warnings
 import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -116,12 +118,9 @@ def _resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _measure(width: int, rows: int, budget: str) -> None:
-    """Print how far 20 products and a run of up to 20 Lanczos steps go above what was resident before."""
-    torch.manual_seed(0)
-    warnings.simplefilter("ignore")
-    layers = [layer for _ in range(6) for layer in (nn.Linear(width, width), nn.ReLU())]
-    model, data = nn.Sequential(*layers[:-1]), (torch.randn(rows, width), torch.randn(rows, width))
+@contextlib.contextmanager
+def _watched() -> Iterator[Callable[[], float]]:
+    """Look at the resident size all the time; what is given tells how far it went above the start, in MiB."""
     # Once in small: threads, BLAS buffers and modules that are imported late are no matter of the budget.
     torchflat.sharpness(Objective(nn.Linear(512, 64), nn.MSELoss(), (torch.randn(512, 512), torch.randn(512, 64))))
     before = peak = _resident()
@@ -135,22 +134,43 @@ def _measure(width: int, rows: int, budget: str) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    f = Objective(model, nn.MSELoss(), data, memory=budget)
-    paths = set()
-    for _ in range(20):
-        f.hvp(torch.ones(f.n))
+    try:
+        yield lambda: (peak - before) / MIB
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _products(width: int, rows: int, budget: str) -> None:
+    """Print how far 20 products and a run of up to 20 Lanczos steps go above what was resident before."""
+    layers = [layer for _ in range(6) for layer in (nn.Linear(width, width), nn.ReLU())]
+    model, data = nn.Sequential(*layers[:-1]), (torch.randn(rows, width), torch.randn(rows, width))
+    with _watched() as peak:
+        f = Objective(model, nn.MSELoss(), data, memory=budget)
+        paths = set()
+        for _ in range(20):
+            f.hvp(torch.ones(f.n))
+            paths.add(f.provenance()["products"])
+        steps = []
+        torchflat.sharpness(f, rtol=1e-9, budget=1e6, callback=lambda answer: steps.append(answer) or len(steps) == 20)
         paths.add(f.provenance()["products"])
-    steps = []
-    torchflat.sharpness(f, rtol=1e-9, budget=1e6, callback=lambda answer: steps.append(answer) or len(steps) == 20)
-    paths.add(f.provenance()["products"])
-    done.set()
-    watcher.join()
-    print((peak - before) / MIB, 4 * f.n / MIB, len(steps), *sorted(paths))
+    print(peak(), 4 * f.n / MIB, len(steps), *sorted(paths))
 
 
-def _peak(width: int, rows: int, budget: str) -> tuple[float, float, int, set[str]]:
-    """Peak above the start, and the model, in MiB; steps taken; which paths products took."""
-    command = [sys.executable, __file__, str(width), str(rows), budget]
+def _samples(width: int, rows: int, budget: str) -> None:
+    """Print the same for a run on samples and shards, of a network whose Hessian is uuᵀ ⊗ 2XᵀX/rows."""
+    spread = 1 - 0.9 * torch.arange(width).clamp(max=8) / 8
+    model = nn.Sequential(nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, 1, bias=False))
+    data = torch.randn(rows, width).mul_(spread), torch.zeros(rows, 1)
+    with _watched() as peak:
+        f = Objective(model, nn.MSELoss(), data, params=["0.weight"], memory=budget, microbatch=250)
+        answer = torchflat.sharpness(f, method="multilevel")
+    print(peak(), 4 * f.n / MIB, answer.steps, answer.basis)
+
+
+def _peak(scenario: str, width: int, rows: int, budget: str) -> tuple[float, float, int, set[str]]:
+    """Peak above the start, and the parameters, in MiB; steps taken; which paths products took, or the basis."""
+    command = [sys.executable, __file__, scenario, str(width), str(rows), budget]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     return float(output[0]), float(output[1]), int(output[2]), set(output[3:])
 
@@ -160,18 +180,27 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="r
 
 @needs_proc
 def test_peak_memory_stays_within_the_budget_and_the_model() -> None:
-    peak, model, steps, paths = _peak(256, 1500, "80MiB")
+    peak, model, steps, paths = _peak("products", 256, 1500, "80MiB")
     assert steps == 20 and "mixed" in paths
     assert peak <= 80 + model
 
 
 @needs_proc
+def test_peak_memory_of_samples_and_shards_stays_within_the_budget_and_the_model() -> None:
+    peak, model, _, basis = _peak("samples", 400, 20_000, "100MiB")
+    assert basis == {"shards"}
+    assert peak <= 100 + model
+
+
+@needs_proc
 @pytest.mark.slow
 def test_peak_memory_of_the_mnist_network_stays_within_the_budget_and_the_model() -> None:
-    peak, model, steps, paths = _peak(784, 10_000, "512MiB")
+    peak, model, steps, paths = _peak("products", 784, 10_000, "512MiB")
     assert steps >= 18 and "mixed" in paths
     assert peak <= 512 + model
 
 
 if __name__ == "__main__":
-    _measure(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    torch.manual_seed(0)
+    warnings.simplefilter("ignore")
+    {"products": _products, "samples": _samples}[sys.argv[1]](int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

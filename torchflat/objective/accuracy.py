@@ -127,9 +127,7 @@ def exact_rows(f: Objective, otherwise: str) -> Objective | None:
 
 def _difference(f: Objective, direction: Tensor, step: float) -> tuple[Tensor, float]:
     """Return (∇f(x + s·d) − ∇f(x − s·d)) / 2s, and |∇f| there. In place: vectors in float64 take the most memory."""
-    point = f.x.add_(direction, alpha=step)
-    difference = f.at(point).gradient()
+    difference = f.at(f.x.add_(direction, alpha=step)).gradient()
     size = float(ops.norm([difference]))
-    point.sub_(direction, alpha=2 * step)
-    difference -= f.at(point).gradient()
+    difference -= f.at(f.x.sub_(direction, alpha=step)).gradient()
     return difference.div_(2 * step), size

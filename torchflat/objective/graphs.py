@@ -306,6 +306,7 @@ class Graphs:
     def _keep(self, index: int, graph: Graph) -> None:
         self.memory.keep_graph(graph, graph.bytes)
         self._kept[index] = graph
+        self.memory.tidy()
 
     def _room(self) -> int:
         return self.memory.room_for_graphs(WORKSPACE_GRAPHS * self._largest + self._vectors)

@@ -64,13 +64,15 @@ class Memory:
         weakref.finalize(owner, self._forget, size, 0).atexit = False
 
     def tidy(self) -> None:
-        """Return freed pages to the system if vectors have grown much since that was last done.
+        """Return freed pages to the system if what is held has changed much since that was last done.
 
-        A Krylov basis grows into fresh pages, and does not take up what graphs have left in the heap.
+        What is dropped leaves pages in the heap, and what is kept lies between the temporaries of the next product, so
+        that neither a Krylov basis nor the graphs to come take up the holes.
         """
-        if self.vectors - self._tidied_at > self.total // 16:
+        held = self.vectors + self.graphs
+        if abs(held - self._tidied_at) > self.total // 16:
             return_freed_pages()
-            self._tidied_at = self.vectors
+            self._tidied_at = held
 
     def _forget(self, vectors: int, graphs: int) -> None:
         self.vectors -= vectors

@@ -15,12 +15,17 @@ from torchflat.errors import TorchflatError
 from torchflat.objective.graphs import WORKSPACE_VECTORS
 from torchflat.objective.memory import Memory
 
-__all__ = ["Basis"]
+__all__ = ["Basis", "room_for_rows"]
 
-# Rows may take this share of the memory budget, and what the workspace of a product leaves; the rest is for graphs.
+# Rows may take this share of the memory budget, and what other vectors and a product leave; the rest is for graphs.
 SHARE = 1 / 2
 # Rows come back from the file so many bytes at once, or one row.
 CHUNK = 16 * 2**20
+
+
+def room_for_rows(memory: Memory, n: int) -> int:
+    """Bytes that more vectors of length n may take; none if negative."""
+    return int(min(SHARE * memory.total, memory.total - memory.vectors - WORKSPACE_VECTORS * 8 * n))
 
 
 class Basis:
@@ -33,7 +38,7 @@ class Basis:
     def __init__(self, n: int, most: int, dtype: torch.dtype, device: torch.device, memory: Memory) -> None:
         self.n, self.dtype, self.device, self._memory = n, dtype, device, memory
         self._row_bytes = n * torch.finfo(dtype).bits // 8
-        affordable = int(min(SHARE * memory.total, memory.total - WORKSPACE_VECTORS * 8 * n)) // self._row_bytes
+        affordable = room_for_rows(memory, n) // self._row_bytes
         # Reserved once; on the CPU rows cost nothing until they are written.
         self._rows = torch.empty(min(most, max(1, affordable)), n, dtype=dtype, device=device)
         self._file: BinaryIO | None = None

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchflat import ops
 from torchflat.objective import Objective
 from torchflat.objective.scores import NoScores
 from torchflat.result import Status
+from torchflat.spectrum.basis import room_for_rows
 from torchflat.spectrum.bounds import coupled_upper_bound
-from torchflat.spectrum.krylov import MARGIN, Bounds, Krylov, generator
+from torchflat.spectrum.krylov import MARGIN, Bounds, Krylov, generator, random_unit_vector
 from torchflat.spectrum.run import Run
 from torchflat.spectrum.shards import COUNT, Mixture, Strata, bound_rest, close
 
@@ -34,6 +36,10 @@ SMALLEST_GAP = 0.02
 CLEAR = 0.85
 # Share of the tolerance that the coupling of what was found with the rest may take, and that the value may be off.
 COUPLING_SHARE, VALUE_SHARE = 0.5, 0.05
+# A vector that is carried up is there three times: as found, turned with the others, and its image.
+COPIES = 3
+# Blocks of vectors are converted to float64 so many columns at once.
+COLUMNS = 2**18
 # Steps of the solver for one correction, and corrections with all the data.
 CORRECTION_STEPS, CORRECTIONS = 8, 4
 
@@ -51,40 +57,60 @@ class _Block:
     images: Tensor
 
     @classmethod
-    def of(cls, vectors: Tensor, images: Tensor, keep: int) -> _Block:
-        """Rayleigh–Ritz on orthonormal rows; the top ``keep`` pairs."""
-        projected = (vectors.double() @ images.double().T).cpu()
+    def of(cls, f: Objective, vectors: Tensor, images: Tensor, keep: int) -> _Block:
+        """Rayleigh–Ritz on orthonormal rows; the top ``keep`` pairs. They count against the memory budget."""
+        projected = _inner(vectors, images)
         values, rotation = torch.linalg.eigh((projected + projected.T) / 2)
-        chosen = rotation.flip(1)[:, :keep].T.to(vectors.device)
-        rotated = [(chosen @ rows.double()).to(rows.dtype) for rows in (vectors, images)]
-        return cls(values.flip(0)[:keep], *rotated)
-
-    @property
-    def remainder(self) -> Tensor:
-        """HY − Yθ, as rows, in float64."""
-        return self.images.double() - self.values.to(self.images.device)[:, None] * self.vectors.double()
+        chosen = rotation.flip(1)[:, :keep].T
+        block = cls(values.flip(0)[:keep], *(_combined(chosen, rows, rows.dtype) for rows in (vectors, images)))
+        for rows in (block.vectors, block.images):
+            f.memory.keep_vectors(rows, rows.nbytes)
+        return block
 
     @property
     def gram(self) -> Tensor:
-        """Inner products of the remainder's rows, (p, p)."""
-        remainder = self.remainder
-        return (remainder @ remainder.T).cpu()
+        """Inner products of the rows of R = HY − Yθ, (p, p)."""
+        total = torch.zeros(len(self.values), len(self.values), dtype=torch.float64, device=self.vectors.device)
+        values = self.values.to(self.vectors.device)[:, None]
+        for vectors, images in zip(*(rows.split(COLUMNS, 1) for rows in (self.vectors, self.images)), strict=True):
+            remainder = images.double() - values * vectors.double()
+            total += remainder @ remainder.T
+        return total.cpu()
+
+    def remainder(self, mixture: Tensor) -> Tensor:
+        """R c for the mixture c of pairs, (n,) in float64."""
+        left: Tensor = _combined(mixture[None], self.images)[0]
+        return left.sub_(_combined((mixture * self.values)[None], self.vectors)[0])
 
     def with_another(self, vector: Tensor, f: Objective) -> _Block:
-        """Take the product of all the data with one more vector, (n,), and keep as many pairs as before."""
-        mine = self.vectors.double()
-        for _ in range(2):
-            vector = vector - (mine @ vector) @ mine
-            vector = vector / torch.linalg.vector_norm(vector)
-        row = vector.to(self.vectors.dtype)[None]
+        """Take the product of all the data with one more vector, (n,) float64, and keep as many pairs as before."""
+        _, size = ops.orthogonalize_(self.vectors, vector)
+        row = (vector / size).to(self.vectors.dtype)[None]
         vectors, images = torch.cat([self.vectors, row]), torch.cat([self.images, f.products(row)])
-        return _Block.of(vectors, images, len(self.values))
+        return _Block.of(f, vectors, images, len(self.values))
 
-    def turned_from(self, other: _Block) -> float:
-        """Return the sine of the largest angle between the two spaces."""
-        overlap = (self.vectors.double() @ other.vectors.double().T).cpu()
+    def turned_from(self, vectors: Tensor) -> float:
+        """Return the sine of the largest angle to the space of as many other vectors."""
+        overlap = _inner(self.vectors, vectors)
         missing = torch.eye(len(overlap), dtype=torch.float64) - overlap.T @ overlap
         return math.sqrt(max(0.0, float(torch.linalg.eigvalsh(missing)[-1])))
+
+
+def _inner(left: Tensor, right: Tensor) -> Tensor:
+    """Inner products of rows, (p, n) and (q, n), summed in float64: (p, q) on the CPU."""
+    total = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
+    for a, b in zip(left.split(COLUMNS, 1), right.split(COLUMNS, 1), strict=True):
+        total.addmm_(a.double(), b.double().T)
+    return total.cpu()
+
+
+def _combined(coefficients: Tensor, rows: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Σ cᵢ rowᵢ, computed in float64, for the rows c of ``coefficients`` (q, p): (q, n)."""
+    total = torch.empty(len(coefficients), rows.shape[1], dtype=dtype, device=rows.device)
+    weights = coefficients.to(rows.device)
+    for part, piece in zip(total.split(COLUMNS, 1), rows.split(COLUMNS, 1), strict=True):
+        part.copy_(weights @ piece.double())
+    return total
 
 
 class Multilevel:
@@ -106,6 +132,8 @@ class Multilevel:
         self.steps = 0
         self.basis = "none"
         self._first = min(FIRST_ROWS, max(1, f.rows // GROWTH))
+        affordable = room_for_rows(f.memory, f.n) // 2 // (COPIES * f.n * torch.finfo(f.dtype).bits // 8)
+        self._widest = max(1, min(LARGEST_BLOCK, affordable))
         self._rest = math.inf
         self._floor = 0.0
         # The value on a sample and its vector, until there is a block on all the data.
@@ -138,7 +166,7 @@ class Multilevel:
     @property
     def vector(self) -> Tensor:
         """The unit vector that the value belongs to."""
-        return self._block.vectors[0] if self._guess is None else self._guess[1]
+        return (self._block.vectors[0] if self._guess is None else self._guess[1]).clone()
 
     @property
     def residual(self) -> float:
@@ -148,17 +176,17 @@ class Multilevel:
     def _work(self) -> Iterator[None]:
         strata = (yield from self._strata()) if self._certify == "auto" else None
         sample, vectors, p, more = yield from self._found(strata)
-        self._set(_Block.of(vectors[:p], self._f.products(vectors[:p]), p), p)
+        self._set(_Block.of(self._f, vectors[:p], self._f.products(vectors[:p]), p), p)
         yield
         yield from self._bound(strata, "first")
-        if self._gap <= 0 and strata is not None and more > p:
-            added = self._f.products(vectors[p:more])
-            images = torch.cat([self._block.images, added])
-            self._set(_Block.of(torch.cat([self._block.vectors, vectors[p:more]]), images, more), more - p)
+        if self._gap <= 0 and more > p:
+            images = torch.cat([self._block.images, self._f.products(vectors[p:])])
+            self._set(_Block.of(self._f, torch.cat([self._block.vectors, vectors[p:]]), images, more), more - p)
             yield from self._bound(strata, "second")
         if self._gap <= 0:
             raise Unsuited("shards leave open whether all that curves most was found")
-        first, rest, gap = self._block, self._rest, self._gap
+        del vectors
+        first, rest, gap = self._block.vectors, self._rest, self._gap
         coupling = math.sqrt(float(torch.linalg.eigvalsh(self._gram)[-1]))
         for _ in range(CORRECTIONS):
             self._set(self._block.with_another(self._correction(sample), self._f), 1)
@@ -222,17 +250,19 @@ class Multilevel:
         with self._run_on(sample, "0", 1) as krylov:
             noise = self._noise(krylov, strata)
             p, largest = self._plan(krylov, noise, strata)
-            more = self._more(krylov, p)
+            more = p if strata is None else self._more(krylov, p)
             vectors = self._top(krylov, more)
-            self._guess = float(krylov.ritz()[0][-1]), vectors[0]
+        self._f.memory.keep_vectors(vectors, vectors.nbytes)
+        self._guess = float(krylov.ritz()[0][-1]), vectors[0]
         yield
         while size < largest:
             level, size = level + 1, min(size * GROWTH, largest)
             sample = self._draw(strata, size, level)
             start = vectors[:p].sum(dim=0) / math.sqrt(p)
             with self._run_on(sample, str(level), p, noise / math.sqrt(size) / 2, start) as krylov:
-                vectors = self._orthonormal(torch.cat([self._top(krylov, p), vectors[p:]]))
-                self._guess = float(krylov.ritz()[0][-1]), vectors[0]
+                vectors[:p] = self._top(krylov, p)
+            self._orthonormalise(vectors)
+            self._guess = float(krylov.ritz()[0][-1]), vectors[0]
             yield
         return sample, vectors, p, more
 
@@ -257,10 +287,10 @@ class Multilevel:
 
     def _noise(self, krylov: Krylov, strata: Strata | None) -> float:
         """Return σ, where ‖(H_S − H)v‖ ≈ σ/√S for samples of S rows, from a second sample."""
-        vector = self._top(krylov, 1)[0].double()
-        image = self._draw(strata, self._first, -1).product(vector.to(self._f.dtype)).double()
-        image -= (image @ vector) * vector
-        return float(torch.linalg.vector_norm(image)) * math.sqrt(self._first / 2)
+        vector = self._top(krylov, 1)[0]
+        image = self._draw(strata, self._first, -1).product(vector).double()
+        _, left = ops.orthogonalize_(vector[None], image)
+        return float(left) * math.sqrt(self._first / 2)
 
     def _plan(self, krylov: Krylov, noise: float, strata: Strata | None) -> tuple[int, int]:
         """Choose how many vectors to carry up, and to how many rows, by what all of it costs in full products."""
@@ -268,7 +298,7 @@ class Multilevel:
         top, rows = values[0], self._f.rows
         tolerance = self._run.tolerance(abs(top), krylov.floor())
         plans = []
-        for p in range(1, min(LARGEST_BLOCK, len(values) - 1) + 1):
+        for p in range(1, min(self._widest, len(values) - 1) + 1):
             # Shards are small samples, in which the next eigenvalue stands higher.
             raised = values[p] + residuals[p] + (noise**2 / (strata.rows * abs(top)) if strata else 0.0)
             gap = (top - raised) / abs(top)
@@ -290,23 +320,32 @@ class Multilevel:
     def _more(self, krylov: Krylov, p: int) -> int:
         """Return how many vectors to go on with where ``p`` were too few: up to the next clear gap."""
         values = krylov.ritz()[0].flip(0).tolist()
-        last = min(LARGEST_BLOCK, len(values) - 1)
+        last = max(p, min(self._widest, len(values) - 1))
         clear = [q for q in range(p + 1, last + 1) if values[q] <= CLEAR * values[0]]
         return clear[0] if clear else last
 
     def _top(self, krylov: Krylov, p: int) -> Tensor:
-        return self._orthonormal(krylov.vectors(krylov.ritz()[1][:, -p:].flip(1)))
+        rows = krylov.vectors(krylov.ritz()[1][:, -p:].flip(1))
+        self._orthonormalise(rows)
+        return rows
 
-    def _orthonormal(self, rows: Tensor) -> Tensor:
-        orthonormal: Tensor = torch.linalg.qr(rows.double().T).Q.T.to(self._f.dtype)
-        return orthonormal.contiguous()
+    def _orthonormalise(self, rows: Tensor) -> None:
+        """Make the rows orthonormal, in place, one after the other."""
+        for i, row in enumerate(rows):
+            vector = row.double()
+            _, left = ops.orthogonalize_(rows[:i], vector)
+            if float(left) <= torch.finfo(row.dtype).eps:
+                # It lay in the span of those before it.
+                vector = random_unit_vector(len(row), self._seed, f"multilevel/{i}", torch.float64, row.device)
+                _, left = ops.orthogonalize_(rows[:i], vector)
+            row.copy_(vector.div_(left))
 
     def _correction(self, sample: Mixture) -> Tensor:
         """Solve (H_S − θ)t = −R c on the complement, for the mixture c of pairs that the upper bound rests on."""
         block = self._block
         mixture = torch.linalg.eigh(torch.diag(block.values) + self._gram / self._gap)[1][:, -1]
         theta = float(mixture @ (block.values * mixture))
-        missing = mixture.to(self._f.device) @ block.remainder
+        missing = block.remainder(mixture)
         missing /= torch.linalg.vector_norm(missing)
         with sample.krylov(self._seed, "multilevel/correction", block.vectors, missing.to(self._f.dtype)) as krylov:
             while krylov.steps < CORRECTION_STEPS and not (krylov.exhausted or krylov.full):
