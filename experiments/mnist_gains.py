@@ -217,7 +217,7 @@ def measure(data: dict[str, Any]) -> Mapping[str, float | Unreached]:
         "stable": max(before["sgd"]) * SGD_STEP / 2,
         "sharper": min(before["adam"]) / max(before["sgd"]),
         "rescaled": max(row["orbit"]["value"] for row in adam) / min(row["orbit"]["before"] for row in sgd),
-        "scaling": 1 - left / hidden if hidden > 0 else math.nan,
+        "scaling": share_of_scaling(hidden, left, data["epochs"], extrapolated("adam", mean_curve(adam, "loss"))),
         "still_sharper": math.exp(left),
         "certified": max(gap(row["gauss_newton"]) for row in data["networks"]),
         "bound": max(
@@ -245,6 +245,13 @@ def excess(data: dict[str, Any], key: str) -> float:
     """Return the mean log λ₁ of Adam's networks over that of SGD's, as they are or at the flattest rescalings."""
     adam, sgd = (statistics.fmean(math.log(row["orbit"][key]) for row in of(data, name)) for name in ("adam", "sgd"))
     return adam - sgd
+
+
+def share_of_scaling(hidden: float, left: float, epochs: int, end: str) -> float | Unreached:
+    """Return the share of Adam's excess that is gone at the flattest rescalings; not reached where there is none."""
+    if hidden > 0:
+        return 1 - left / hidden
+    return Unreached(f"{epochs} epochs: no excess, Adam's is {math.exp(hidden):.2g} of SGD's", end)
 
 
 def gap(orbit: dict[str, Any]) -> float:

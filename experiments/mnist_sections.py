@@ -28,7 +28,7 @@ from torch import Tensor
 from experiments.cells import Cells
 from experiments.claim import Claim, Outcome, Unreached
 from experiments.minima import Orbit, Recipe, flattest_of, grid, objective, trained
-from experiments.mnist_gains import PRINTED, TOLD, extrapolated, once, reached
+from experiments.mnist_gains import PRINTED, TOLD, extrapolated, once, reached, share_of_scaling
 from torchflat import Objective, Verdict, compare, sharpness
 from torchflat.drawing import BLUE, GREEN, GREY, ORANGE, logarithmic, panels
 
@@ -166,7 +166,9 @@ def measure(data: dict[str, Any]) -> Mapping[str, float | Unreached]:
         "deceived": statistics.fmean(deceived) if at_the_ends(data) else unreached(data, sum(deceived)),
         "sharpest": statistics.fmean(rises),
         "compare": statistics.fmean(right),
-        "scaling": 1 - excess(data, "rescaled") / excess(data, "as_trained"),
+        "scaling": share_of_scaling(
+            excess(data, "as_trained"), excess(data, "rescaled"), data["epochs"], ends(data)["adam"]
+        ),
     }
 
 
@@ -202,14 +204,19 @@ def at_the_ends(data: dict[str, Any]) -> bool:
 
 def unreached(data: dict[str, Any], deceived: int) -> Unreached:
     """Tell what the pairs showed all the same."""
-    ends = {}
-    for name in PRINTED:
-        curves = zip(*(row["losses"] for row in data["networks"] if row["optimizer"] == name), strict=True)
-        ends[TOLD[name]] = extrapolated(name, [statistics.fmean(each) for each in curves])
     return Unreached(
         f"{data['epochs']} epochs: {deceived} of {len(data['pairs'])} pairs deceive",
-        "; ".join(f"{name} {end}" for name, end in ends.items()),
+        "; ".join(f"{TOLD[name]} {end}" for name, end in ends(data).items()),
     )
+
+
+def ends(data: dict[str, Any]) -> dict[str, str]:
+    """Tell when the networks of each optimizer would be where those of the paper are."""
+    curves = {name: [row["losses"] for row in data["networks"] if row["optimizer"] == name] for name in PRINTED}
+    return {
+        name: extrapolated(name, [statistics.fmean(epoch) for epoch in zip(*losses, strict=True)])
+        for name, losses in curves.items()
+    }
 
 
 def draw(data: dict[str, Any]) -> Mapping[str, Figure]:

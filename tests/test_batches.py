@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -275,3 +276,25 @@ def test_the_loaders_batch_size_is_kept_for_losses_within_batches() -> None:
     f = Objective(case.model, None, data, batch_loss=batch_loss)
     f.value()
     assert sizes[-3:] == [8, 8, 7]
+
+
+@pytest.mark.parametrize(("at_once", "sizes"), [(None, [17]), (17, [17]), (8, [6, 6, 5]), (5, [5, 5, 5, 2])])
+def test_rows_taken_are_copied_a_batch_at_a_time_and_not_held(at_once: int | None, sizes: list[int]) -> None:
+    rows = torch.randperm(ROWS)[:17]
+    taken = as_batches((X, Y)).take(rows, at_once)
+    assert [len(x) for x, _ in taken] == sizes
+    expected = rows.sort().values
+    for _ in range(2):
+        assert torch.equal(torch.cat([x for x, _ in taken]), X[expected])
+        assert torch.equal(torch.cat([y for _, y in taken]), Y[expected])
+    first, _ = taken.first()
+    copy = weakref.ref(first)
+    del first
+    assert copy() is None
+    again = taken.take(torch.tensor([16, 3, 4]))
+    assert torch.equal(torch.cat([x for x, _ in again]), X[expected[[3, 4, 16]]])
+
+
+def test_rows_of_a_loader_are_taken_in_batches_of_its_size() -> None:
+    taken = as_batches(_loader(_tensors())).take(torch.arange(1, 18), 9)
+    assert [len(x) for x, _ in taken] == [5, 5, 5, 2]

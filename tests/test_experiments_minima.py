@@ -100,6 +100,7 @@ def test_swapped_networks_flip_the_verdicts(expected: dict[str, Any]) -> None:
         row["optimizer"] = {"sgd": "adam", "adam": "sgd"}[row["optimizer"]]
     wrong = {name for name, right in outcomes(mnist_gains, expected).items() if not right}
     assert wrong == {"stable", "sharper", "still_sharper", "larger_gains", "scaling"}
+    assert "in 4 epochs: no excess, Adam's is 0.14 of SGD's" in str(mnist_gains.measure(expected)["scaling"])
 
 
 @pytest.mark.parametrize(
@@ -180,6 +181,11 @@ def test_swapped_sharpness_flips_the_verdicts(sections: dict[str, Any]) -> None:
     first, second = sections["networks"]
     first["sharpness"], second["sharpness"] = second["sharpness"], first["sharpness"]
     assert {name for name, right in outcomes(mnist_sections, sections).items() if not right} == {"sharpest", "compare"}
+
+
+def test_no_share_of_an_excess_that_is_not_there(sections: dict[str, Any]) -> None:
+    sections["pairs"][0]["as_trained"]["profiles"].reverse()
+    assert "in 4 epochs: no excess, Adam's is 0.14 of SGD's" in str(mnist_sections.measure(sections)["scaling"])
 
 
 # Both, tiny -----------------------------------------------------------------------------------------------------------

@@ -43,11 +43,11 @@ class Batches:
     """A re-iterable of batches with a known number of rows.
 
     ``source`` is iterated anew on each pass. ``pick`` returns the given rows without a pass over all of them, where
-    the source knows how to.
+    the source knows how to; rows that would be copied, at most so many at once.
     """
 
     def __init__(
-        self, source: Iterable[Batch], rows: int, pick: Callable[[Sequence[int]], Batches] | None = None
+        self, source: Iterable[Batch], rows: int, pick: Callable[[Sequence[int], int | None], Batches] | None = None
     ) -> None:
         self.source, self.rows, self._pick = source, rows, pick
 
@@ -85,15 +85,15 @@ class Batches:
         generator = torch.Generator("cpu").manual_seed(seed)
         return self.take(torch.randperm(self.rows, generator=generator, device="cpu")[:size])
 
-    def take(self, rows: Tensor) -> Batches:
-        """Return the rows with these indices, in the order of the data.
+    def take(self, rows: Tensor, at_once: int | None = None) -> Batches:
+        """Return the rows with these indices, in the order of the data; in batches of at most ``at_once`` if copied.
 
         Raises:
             DataError: the batches cannot be cut into rows.
         """
         wanted = rows.sort().values
         if self._pick is not None:
-            return self._pick(wanted.tolist())
+            return self._pick(wanted.tolist(), at_once)
         pieces, offset = [], 0
         with random_states_kept():
             for batch in self:
@@ -118,7 +118,9 @@ class Batches:
         mine = team.share(self.rows)
         if not mine:
             return ()
-        return self._pick(mine) if self._pick is not None else _Again(lambda: self._between(mine.start, mine.stop))
+        if self._pick is not None:
+            return self._pick(mine, None)
+        return _Again(lambda: self._between(mine.start, mine.stop))
 
     def _between(self, start: int, stop: int) -> Iterator[Batch]:
         offset = 0
@@ -193,7 +195,22 @@ def _in_memory(tensors: Any, batch_size: int | None = None) -> Batches:
         raise DataError(f"the tensors of the data must have the same number of rows; their shapes are {shapes}")
     size = batch_size or max(1, rows)
     source = [slice_rows(tensors, start, min(start + size, rows)) for start in range(0, rows, size)]
-    return Batches(source, rows, lambda indices: _in_memory(take_rows(tensors, indices), batch_size))
+
+    def pick(indices: Sequence[int], at_once: int | None) -> Batches:
+        if isinstance(indices, range):
+            return _in_memory(take_rows(tensors, indices), batch_size)
+        count = max(1, len(indices))
+        # Batches of equal size: a tiny last one would cost as much overhead as a full one.
+        return _copied(tensors, indices, batch_size or -(-count // -(-count // (at_once or count))))
+
+    return Batches(source, rows, pick)
+
+
+def _copied(tensors: Any, indices: Sequence[int], size: int) -> Batches:
+    """Return rows that are copied on each pass, a batch of at most ``size`` at a time: all at once may be much."""
+    groups = [indices[start : start + size] for start in range(0, len(indices), size)]
+    source = _Again(lambda: (take_rows(tensors, group) for group in groups))
+    return Batches(source, len(indices), lambda chosen, _: _copied(tensors, [indices[row] for row in chosen], size))
 
 
 def take_rows(batch: Batch, rows: Sequence[int]) -> Batch:
@@ -251,7 +268,7 @@ def _ordered(loader: torch_data.DataLoader[Any], indices: Sequence[int]) -> Batc
         return _in_memory(tensors if everything else take_rows(tensors, list(indices)), size)
     groups = [indices[start : start + size] for start in range(0, len(indices), size)]
     source = _reloaded(loader, batch_sampler=groups)
-    return Batches(source, len(indices), lambda rows: _ordered(loader, [indices[row] for row in rows]))
+    return Batches(source, len(indices), lambda rows, _: _ordered(loader, [indices[row] for row in rows]))
 
 
 def _reloaded(like: torch_data.DataLoader[Any], **order: Any) -> torch_data.DataLoader[Any]:

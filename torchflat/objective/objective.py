@@ -386,8 +386,9 @@ class Objective:
 
     def take(self, rows: Tensor) -> Objective:
         """Restrict the function to the rows with these indices, (k,) int64. Its cost is charged here too."""
+        self._passes.prepare()
         with self.team.together():
-            batches = self._batches.take(rows)
+            batches = self._batches.take(rows, self._graphs.microbatch)
         return self._derived(self._term, batches, self._x)
 
     def row_curvatures(self, seed: int = 0) -> Tensor:
