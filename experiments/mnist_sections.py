@@ -2,7 +2,7 @@
 
 Along the segment between a network of SGD and one of Adam, the flatter of the two looks sharper in all 16 pairs of the
 paper: a picture can deceive (Lemma 2, T058). Along the direction of its own largest curvature each shows what it is.
-Beside the pictures stands what :func:`torchflat.compare` says of the pair, as trained and at the flattest rescalings.
+Beside the pictures stands what ``torchflat.compare`` says of the pair, as trained and at the flattest rescalings.
 
 The networks are those of ``mnist_gains``: taken from its folder, and trained there where they are missing. Networks of
 one seed have the same start and stay near each other; those of different seeds do not. The radii and the budget of
