@@ -49,7 +49,8 @@ def test_the_committed_verdicts_are_what_the_committed_data_give(name: str) -> N
     committed = json.loads((folder / "verdicts.json").read_text())
     for verdict, old in zip(verdicts, committed, strict=True):
         new = json.loads(json.dumps(verdict.to_dict()))
-        assert new["measured"] == pytest.approx(old["measured"], rel=1e-9, nan_ok=True)
+        words = isinstance(old["measured"], str)  # of a number that was not reached
+        assert new["measured"] == (old["measured"] if words else pytest.approx(old["measured"], rel=1e-9, nan_ok=True))
         for changing in ("measured", "line"):  # in the last digits, from machine to machine
             del new[changing], old[changing]
         assert new == old
