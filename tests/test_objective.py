@@ -98,6 +98,24 @@ def test_retained_rebuilt_and_mixed_graphs_give_the_same_products(name: str) -> 
         assert f.memory.graphs <= total
 
 
+def test_graphs_of_all_the_rows_make_room_for_those_of_a_sample() -> None:
+    case = network("relu")
+    f = case.objective(microbatch=3, memory="10MB")
+    v = torch.ones(f.n)
+    f.hvp(v)
+    sample = f.take(torch.arange(6))
+    sample.hvp(v)
+    assert f.provenance()["products"] == sample.provenance()["products"] == "retained"
+    own = sum(graph.bytes for graph in sample._graphs._kept.values())
+    with f.memory.vectors_held(sample._graphs._room() - own):
+        sample.hvp(v)
+        assert f.provenance()["products"] == "rebuilt" and f.memory.graphs == own
+        assert sample.provenance()["products"] == "retained"
+    with f.memory.vectors_held(10_000_000):
+        sample.hvp(v)
+        assert sample.provenance()["products"] == "rebuilt" and f.memory.graphs == 0
+
+
 def test_graphs_make_room_for_vectors_and_come_back() -> None:
     case = network("relu")
     f = case.objective(microbatch=3, memory="10MB")

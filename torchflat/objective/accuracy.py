@@ -48,7 +48,11 @@ class Accuracy:
         exact = self._exact_product(f, sample, vector)
         product = sample.products(vector[None])[0]
         # In place: vectors of this length in float64 are what a product needs most memory for.
-        errors = _neighbours(sample, product, vector) if exact is None else [exact.sub_(product)]
+        if exact is None:
+            errors = _neighbours(sample, product, vector)
+        else:
+            ops.axpy_([exact], [product], -1.0)
+            errors = [exact]
         if quadratic:
             return max(abs(float(ops.dot([error], [vector]))) for error in errors)
         return max(float(ops.norm([error])) for error in errors)

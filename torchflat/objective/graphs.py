@@ -21,7 +21,7 @@ from torchflat.errors import LossError, NonFiniteError
 from torchflat.objective.batches import Batches, row_count, rows_of, slice_rows
 from torchflat.objective.evaluation import Term, first_line, out_of_memory
 from torchflat.objective.ledger import Ledger
-from torchflat.objective.memory import Memory, graph_bytes, return_freed_pages
+from torchflat.objective.memory import Memory, graph_bytes
 from torchflat.objective.plan import PROBE_ROWS, Plan, choose_rows, graphs_that_fit
 from torchflat.objective.preflight import SAMPLE_ROWS
 from torchflat.objective.scores import RowCurvature
@@ -100,6 +100,7 @@ class Graphs:
         self._count: int | None = None
         self._largest = 0
         self._vectors = WORKSPACE_VECTORS * 8 * sum(leaf.numel() for leaf in leaves.values())
+        memory.add_holder(self)
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -254,6 +255,13 @@ class Graphs:
         self._kept.clear()
         self._count, self._largest = None, 0
 
+    def drop_one(self) -> bool:
+        """Drop a retained graph; say whether there was one."""
+        if self._kept:
+            self._kept.popitem()
+            return True
+        return False
+
     def evaluate(self, batch: Any, index: int) -> tuple[Tensor, float]:
         """Loss sum and weight of one micro-batch."""
         self.ledger.charge(forwards=rows_of(batch))
@@ -306,18 +314,18 @@ class Graphs:
     def _keep(self, index: int, graph: Graph) -> None:
         self.memory.keep_graph(graph, graph.bytes)
         self._kept[index] = graph
-        self.memory.tidy()
+        self.memory.tidy(self._workspace)
+
+    @property
+    def _workspace(self) -> int:
+        return WORKSPACE_GRAPHS * self._largest + self._vectors
 
     def _room(self) -> int:
-        return self.memory.room_for_graphs(WORKSPACE_GRAPHS * self._largest + self._vectors)
+        return self.memory.room_for_graphs(self._workspace)
 
     def _drop_beyond_budget(self) -> None:
-        self.memory.tidy()
-        if self.memory.graphs <= self._room():
-            return
-        while self._kept and self.memory.graphs > self._room():
-            self._kept.popitem()
-        return_freed_pages()
+        self.memory.tidy(self._workspace)
+        self.memory.drop_graphs(self._room(), last=self)
 
 
 @contextlib.contextmanager

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
+import os
 import re
 import sys
 import weakref
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -40,14 +42,32 @@ def parse_bytes(amount: str | int) -> int:
         raise UsageError(f"memory={amount!r} is no amount of memory: write it like '2GiB' or '500MB'") from None
 
 
+# Where graphs and vectors take less than this share of the budget, freed pages do no harm. And giving pages back is
+# tried again once the process has grown by the other share.
+SMALL_SHARE, GROWN_SHARE = 1 / 4, 1 / 64
+
+
+class GraphHolder(Protocol):
+    """What keeps graphs, and can do without them."""
+
+    def drop_one(self) -> bool:
+        """Drop a graph; say whether there was one."""
+
+
 class Memory:
-    """Tells how many bytes of graphs may be kept. ``vectors`` grows with a Krylov basis, and graphs then have to go."""
+    """Tells how many bytes of graphs may be kept. ``vectors`` grows with a Krylov basis, and graphs then have to go.
+
+    All functions derived from one share a budget: a run on a sample of the rows needs what the graphs of all the data
+    take.
+    """
 
     def __init__(self, total: int) -> None:
         self.total = total
         self.vectors = 0
         self.graphs = 0
-        self._tidied_at = 0
+        self._resident_before = self._resident_when_tidy = resident_bytes()
+        self._holders: weakref.WeakValueDictionary[int, GraphHolder] = weakref.WeakValueDictionary()
+        self._held_before = itertools.count()
 
     def room_for_graphs(self, workspace: int) -> int:
         """Bytes that graphs may take in all, if ``workspace`` bytes must stay free for one product."""
@@ -58,21 +78,37 @@ class Memory:
         self.graphs += size
         weakref.finalize(graph, self._forget, 0, size).atexit = False
 
+    def add_holder(self, holder: GraphHolder) -> None:
+        """Let the graphs of ``holder`` go when others need the room."""
+        self._holders[next(self._held_before)] = holder
+
+    def drop_graphs(self, room: int, last: GraphHolder) -> None:
+        """Drop graphs until they fit into ``room`` bytes: those of the oldest holder first, those of ``last`` last."""
+        if self.graphs <= room:
+            return
+        others = [holder for holder in self._holders.values() if holder is not last]
+        for holder in (*others, last):
+            while self.graphs > room and holder.drop_one():
+                pass
+        return_freed_pages()
+
     def keep_vectors(self, owner: object, size: int) -> None:
         """Account for ``size`` bytes of vectors until their ``owner`` is gone."""
         self.vectors += size
         weakref.finalize(owner, self._forget, size, 0).atexit = False
 
-    def tidy(self) -> None:
-        """Return freed pages to the system if what is held has changed much since that was last done.
+    def tidy(self, workspace: int) -> None:
+        """Return freed pages to the system if what comes next, ``workspace`` bytes, would go beyond the budget.
 
         What is dropped leaves pages in the heap, and what is kept lies between the temporaries of the next product, so
         that neither a Krylov basis nor the graphs to come take up the holes.
         """
-        held = self.vectors + self.graphs
-        if abs(held - self._tidied_at) > self.total // 16:
+        if self.vectors + self.graphs + workspace < SMALL_SHARE * self.total:
+            return
+        limit = self._resident_before + self.total - workspace
+        if resident_bytes() > max(limit, self._resident_when_tidy + GROWN_SHARE * self.total):
             return_freed_pages()
-            self._tidied_at = held
+            self._resident_when_tidy = resident_bytes()
 
     def _forget(self, vectors: int, graphs: int) -> None:
         self.vectors -= vectors
@@ -86,6 +122,14 @@ class Memory:
             yield
         finally:
             self.vectors -= size
+
+
+def resident_bytes() -> int:
+    """Bytes of this process that are in memory, on Linux; 0 elsewhere."""
+    if sys.platform != "linux":
+        return 0
+    with open("/proc/self/statm", "rb", buffering=0) as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def return_freed_pages() -> None:

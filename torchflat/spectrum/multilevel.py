@@ -346,8 +346,11 @@ class Multilevel:
         mixture = torch.linalg.eigh(torch.diag(block.values) + self._gram / self._gap)[1][:, -1]
         theta = float(mixture @ (block.values * mixture))
         missing = block.remainder(mixture)
-        missing /= torch.linalg.vector_norm(missing)
-        with sample.krylov(self._seed, "multilevel/correction", block.vectors, missing.to(self._f.dtype)) as krylov:
+        missing = missing.div_(torch.linalg.vector_norm(missing)).to(self._f.dtype)
+        with (
+            self._f.memory.vectors_held(missing.nbytes),
+            sample.krylov(self._seed, "multilevel/correction", block.vectors, missing) as krylov,
+        ):
             while krylov.steps < CORRECTION_STEPS and not (krylov.exhausted or krylov.full):
                 krylov.step()
             values, rotation = krylov.ritz()
