@@ -142,6 +142,13 @@ inline bool same_order(const int64_t* sizes, const int64_t* a_strides, const int
   return true;
 }
 
+inline bool overlaps_itself(const Tensor& tensor) {
+  for (int64_t axis = 0; axis < tensor.dim(); ++axis) {
+    if (tensor.size(axis) > 1 && tensor.stride(axis) == 0) return true;
+  }
+  return false;
+}
+
 // Cut a list of pairs into chunks of at most `size` elements, in order. With `write`, the left tensors are written to:
 // call finish() afterwards.
 inline Chunks checked_chunks(
@@ -164,6 +171,9 @@ inline Chunks checked_chunks(
       return same_order(a_sizes.data(), a->strides().data(), b->strides().data(), a_sizes.size());
     };
     if (!(a_contiguous && b_contiguous) && !same()) {
+      // Before anything is written: copying back into it would fail when the others have changed.
+      STD_TORCH_CHECK(
+          !write || !overlaps_itself(*a), name, ": tensor ", index, " is expanded, so that its elements share memory");
       if (!a_contiguous) a = &chunks.copies.emplace_back(torch::stable::contiguous(*a));
       if (!a_contiguous && write) chunks.written.emplace_back(left[index], *a);
       if (!b_contiguous) b = &chunks.copies.emplace_back(torch::stable::contiguous(*b));

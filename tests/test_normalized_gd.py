@@ -778,3 +778,64 @@ def test_what_fsdp1_has_flattened_is_refused_with_the_cure() -> None:
         optimizer.add_param_group({"params": [flat]})
     optimizer.step()
     assert len(optimizer.param_groups) == 1 and whole.item() == 0.0
+
+
+def test_parameters_that_are_the_same_memory_are_refused_with_the_cure() -> None:
+    encoder, decoder = nn.Linear(3, 3), nn.Linear(3, 3)
+    decoder.weight.data = encoder.weight.data
+    with pytest.raises(ValueError, match=r"tie weights by assigning the parameter"):
+        NormalizedGD([*encoder.parameters(), *decoder.parameters()], 1.0)
+    optimizer = NormalizedGD(encoder.parameters(), 1.0)
+    with pytest.raises(ValueError, match=r"tie weights by assigning the parameter"):
+        optimizer.add_param_group({"params": [decoder.weight]})
+    assert len(optimizer.param_groups) == 1
+    whole = torch.zeros(6)
+    NormalizedGD(
+        [Parameter(whole[:3]), Parameter(whole[3:]), Parameter(torch.empty(0)), Parameter(torch.empty(0))], 1.0
+    )
+    NormalizedGD([Parameter(torch.empty(3, device="meta")), Parameter(torch.empty(3, device="meta"))], 1.0)
+
+
+@paths
+def test_an_expanded_parameter_ends_the_step_before_it_begins(path: dict[str, Any]) -> None:
+    plain, expanded = Parameter(torch.zeros(2)), Parameter(torch.zeros(1).expand(3))
+    optimizer = NormalizedGD([plain, expanded], lr=1.0, decay=0, **path)
+    plain.grad, expanded.grad = torch.ones(2), torch.ones(3)
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    # Stock optimizers, and ours without kernels, have moved those before it once.
+    assert plain.tolist() == ([0.0, 0.0] if "fused" in path else pytest.approx([-(5**-0.5)] * 2))
+
+
+@masked
+def test_the_first_group_may_be_empty_or_hold_what_is_new(capturable: bool) -> None:
+    (p,) = with_gradients([3.0, 4.0])
+    optimizer = NormalizedGD([{"params": []}, {"params": [p]}], lr=1.0, capturable=capturable)
+    optimizer.step()
+    optimizer.param_groups[0]["params"].append(Parameter(torch.zeros(2, dtype=torch.float64)))
+    optimizer.step()
+    assert count(optimizer) == 2
+    optimizer.param_groups[1]["params"].append(Parameter(torch.zeros(2, dtype=torch.float64)))
+    optimizer.step()
+    assert count(optimizer) == 3
+
+
+@paths
+def test_a_step_that_is_refused_leaves_saved_tensors_as_they_were(path: dict[str, Any]) -> None:
+    (p,) = with_gradients([1.0, 1.0])
+    optimizer = NormalizedGD([p], lr=1.0, **({} if "fused" in path else path))
+    optimizer.step()
+    loss = p.square().sum()
+    p.grad = torch.tensor([math.nan, 1.0], dtype=torch.float64)
+    with pytest.warns(UserWarning, match="not finite"):
+        optimizer.step()
+    loss.backward()
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, FOREACH, FORLOOP])
+def test_the_default_device_does_not_matter(options: dict[str, Any]) -> None:
+    (p,) = with_gradients([3.0, 4.0])
+    optimizer = NormalizedGD([p], lr=1.0, **options)
+    with torch.device("meta"):
+        optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.tensor([0.4, 0.2], dtype=torch.float64))

@@ -463,6 +463,7 @@ def as_imaginary_part() -> Tensor:
         pytest.param(lambda: with_gradient(*torch.ones(2, 2, device="meta")), id="meta"),
         pytest.param(lambda: with_gradient(torch.ones(2), torch.ones(2).as_subclass(Wrapped)), id="odd gradient"),
         pytest.param(lambda: with_gradient(torch.ones(2).as_subclass(Wrapped), torch.ones(2)), id="odd parameter"),
+        pytest.param(lambda: with_gradient(torch.ones(2), torch._efficientzerotensor(2)), id="zeros without memory"),
         pytest.param(lambda: None, id="no tensor"),
     ],
 )
@@ -473,7 +474,24 @@ def test_what_must_be_looked_at_is_not_stepped_past_the_dispatcher(odd: Callable
         assert ops.normalized_step_([odd(), plain], -1.0, 0.5) is None
         assert plain.tolist() == [1.0, 1.0, 1.0] and plain._version == 0
         assert ops.normalized_step_([], -1.0, 0.5) is None
+        assert ops.normalized_step_((plain,), -1.0, 0.5) is None  # type: ignore[arg-type]
         assert ops.normalized_step_([plain], -1.0, 1.0) == math.sqrt(3)
+
+
+@needs_exchange
+def test_a_mode_that_watches_gets_to_see_the_step() -> None:
+    plain = with_gradient(torch.ones(3), torch.ones(3))
+    with torch.no_grad(), TorchDispatchMode():
+        assert ops.normalized_step_([plain], -1.0, 1.0) is None
+    assert plain.tolist() == [1.0, 1.0, 1.0]
+
+
+@needs_exchange
+def test_a_norm_that_is_not_finite_leaves_saved_tensors_as_they_were() -> None:
+    p = with_gradient(torch.ones(3), torch.full((3,), math.inf))
+    with torch.no_grad():
+        assert ops.normalized_step_([p], -1.0, 1.0) == math.inf
+    assert p.tolist() == [1.0, 1.0, 1.0] and p._version == 0
 
 
 @needs_exchange

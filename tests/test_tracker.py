@@ -279,6 +279,68 @@ def test_parameters_that_are_added_later_end_the_account() -> None:
     assert "were added to the optimizer" in tracker.refused["0 → 2"] and tracker.alarms == []
 
 
+def test_parameters_that_are_replaced_end_the_account() -> None:
+    model = network()
+    optimizer = NormalizedGD(model.parameters(), lr=0.05)
+    with silent(model, optimizer) as tracker:
+        train(model, optimizer, batches(3), tracker)
+        model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+        optimizer.param_groups[0]["params"][0] = model[0].weight
+        train(model, optimizer, batches(20), tracker)
+    assert "or replaced in it" in tracker.refused["0 → 2"] and tracker.alarms == []
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, NormalizedGD])
+def test_rates_in_tensors_are_compared_by_value(make: Callable[..., Any]) -> None:
+    model = network()
+    groups = [{"params": layer.parameters(), "lr": torch.tensor(0.05)} for layer in (model[0], model[2], model[4])]
+    optimizer = make(groups, lr=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, [lambda k: 1.0, lambda k: 0.5 if k > 2 else 1.0, lambda k: 1.0]
+    )
+    with silent(model, optimizer) as tracker:
+        for batch in batches(12):
+            train(model, optimizer, [batch], tracker)
+            schedule.step()
+    assert "different learning rates" in tracker.refused["0 → 2"] and tracker.alarms == []
+
+
+def test_going_back_to_a_state_keeps_what_the_optimizer_does_now() -> None:
+    model = network()
+    optimizer = NormalizedGD(model.parameters(), lr=0.05)
+    with silent(model, optimizer) as tracker:
+        train(model, optimizer, batches(3), tracker)
+        weights, state = copy.deepcopy((model.state_dict(), tracker.state_dict()))
+        optimizer.param_groups[0]["weight_decay"] = 0.1
+        train(model, optimizer, batches(3), tracker)
+        model.load_state_dict(weights)
+        tracker.load_state_dict(state)
+        train(model, optimizer, batches(20), tracker)
+    assert tracker.refused["0 → 2"] == "weight decay was used" and tracker.alarms == []
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_a_loss_that_is_not_finite_is_said_also_where_its_row_was_read(read: bool) -> None:
+    model = network()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    with silent(model, optimizer) as tracker:
+        for index, batch in enumerate(batches(4)):
+            train(model, optimizer, [batch])
+            if read:
+                assert len(tracker.history["step"]) == index + 1
+            tracker.record(loss=math.nan if index == 2 else 1.0)
+        assert [(alarm.kind, alarm.step) for alarm in tracker.alarms] == [("nonfinite", 2)]
+
+
+def test_other_things_in_the_state_of_the_optimizer_do_no_harm() -> None:
+    model = network()
+    optimizer = NormalizedGD(model.parameters(), lr=0.05)
+    optimizer.state["note"] = "mine"
+    with silent(model, optimizer) as tracker:
+        train(model, optimizer, batches(3), tracker)
+    assert tracker.refused == {} and tracker.alarms == []
+
+
 @pytest.mark.parametrize("overflow", [False, True])
 def test_a_grad_scaler_is_seen_through_also_where_the_optimizer_unscales(overflow: bool) -> None:
     model = network()
@@ -604,6 +666,21 @@ def test_a_model_that_cannot_be_followed_says_so_and_goes_on() -> None:
     with pytest.warns(TrackerWarning, match="no laws were found"), Tracker(model, optimizer) as tracker:
         train(model, optimizer, batches(2), tracker)
     assert kinds(tracker) == {"untracked"} and len(tracker.history["step"]) == 2
+
+
+@pytest.mark.parametrize("kind", ["complex", "sparse"])
+def test_what_torch_cannot_differentiate_twice_still_trains(kind: str) -> None:
+    if kind == "complex":
+        layers = [nn.Linear(3, 4, bias=False, dtype=torch.complex64), nn.Linear(4, 1, dtype=torch.complex64)]
+        x = torch.randn(8, 3, dtype=torch.complex64)
+    else:
+        layers, x = [nn.Embedding(10, 3, sparse=True), nn.Linear(3, 1)], torch.arange(8)
+    model = nn.Sequential(*layers)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with silent(model, optimizer) as tracker:
+        model(x).abs().square().mean().backward()
+        optimizer.step()
+    assert kinds(tracker) == {"untracked"} and len(tracker.history["step"]) == 1
 
 
 def test_frozen_parameters_are_left_out() -> None:

@@ -34,7 +34,8 @@ std::optional<Kind> kind_of(const dlpack::Tensor& tensor) {
 }
 
 // Whether memory shows what the tensor is: torch may leave the sign of an imaginary part to whoever reads it. Such
-// parts lie apart, and only where there is but one element does that not show.
+// parts lie apart, and where there is but one element that does not show. (Nor after as_strided on such a part, which
+// is no gradient that autograd leaves: to ask every tensor would take a quarter of the step.)
 bool is_negated(PyObject* tensor) {
   PyObject* answer = PyObject_CallMethodObjArgs(tensor, torch_.is_neg, nullptr);
   const bool negated = answer != Py_False;
@@ -54,6 +55,7 @@ bool add_pair(Chunks& chunks, PyObject* parameter, PyObject* gradient) {
   int64_t count = 1;
   for (int32_t axis = 0; axis < y.axes; ++axis) count *= y.sizes[axis];
   if (count > 1 && !same_order(y.sizes, y.strides, x.strides, y.axes)) return false;
+  if (count > 0 && (y.data == nullptr || x.data == nullptr)) return false;  // zeros that nobody has written
   if (count == 1 && (is_negated(parameter) || is_negated(gradient))) return false;
   chunks.add(
       static_cast<char*>(y.data) + y.offset, *y_kind, static_cast<const char*>(x.data) + x.offset, *x_kind, count,
@@ -66,8 +68,8 @@ PyObject* step(PyObject*, PyObject* arguments) {
   PyObject* parameters;
   double alpha, beta;
   if (!PyArg_ParseTuple(arguments, "Odd", &parameters, &alpha, &beta)) return nullptr;
+  if (!PyList_Check(parameters)) Py_RETURN_NONE;
   const Py_ssize_t count = PyList_Size(parameters);
-  if (count < 0) return nullptr;
   Chunks chunks;
   std::vector<PyObject*> gradients;  // held while others may run
   chunks.list.reserve(count);

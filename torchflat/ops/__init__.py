@@ -7,6 +7,7 @@ They are not differentiable, and say so rather than return a constant.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -202,7 +203,8 @@ def normalized_step_(params: list[Tensor], alpha: float, beta: float) -> float |
 
     The dispatcher takes longer to hand over some hundred small tensors than the step takes. This looks at plain ones
     only: dense real tensors of the CPU, each with a gradient in the same order in memory. Where there is another, or no
-    compiled kernel, or a graph is traced, nothing changes and None is returned: take the general way.
+    compiled kernel, or a mode or torch.compile is watching, nothing changes and None is returned: take the general way.
+    Where the norm is not finite, nothing changes either.
 
     Raises:
         RuntimeError: if autograd would have to follow.
@@ -212,11 +214,12 @@ def normalized_step_(params: list[Tensor], alpha: float, beta: float) -> float |
     ...     print(normalized_step_([p], -1.0, 1.0))  # there is no gradient
     None
     """
-    if compiled_step is None or torch.compiler.is_compiling():
+    if compiled_step is None or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return None
-    _refuse_autograd("normalized_step_", params)
+    if torch.is_grad_enabled():
+        _refuse_autograd("normalized_step_", [*params, *(p.grad for p in params if p.grad is not None)])
     norm = compiled_step(params, alpha, beta)
-    if norm is not None:
+    if norm is not None and math.isfinite(norm):
         _mark_changed(params)
     return norm
 

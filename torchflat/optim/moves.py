@@ -47,6 +47,7 @@ class Moves:
         inside = [group for group in self._group_of if group != OUTSIDE]
         self._groups = torch.tensor(inside, dtype=torch.int64, device=self._device)
         self._names = list(parameters)
+        self._tracked = {id(p) for p in parameters.values() if id(p) in owner}
 
     @property
     def inside(self) -> int:
@@ -61,8 +62,8 @@ class Moves:
         for name, words in (("momentum", "momentum"), ("weight_decay", "weight decay")):
             if any(group[name] for group in optimizer.param_groups):
                 return f"{words} was used"
-        if sum(len(group["params"]) for group in optimizer.param_groups) != self.inside:
-            return "parameters were added to the optimizer after the tracker was made"
+        if any(id(p) not in self._tracked for group in optimizer.param_groups for p in group["params"]):
+            return "parameters were added to the optimizer, or replaced in it, after the tracker was made"
         return None
 
     def refusal_of(self, members: Sequence[str]) -> str | None:
@@ -85,7 +86,13 @@ class Moves:
         """Return what refusals depend on, so that they need to be asked for only where it changes."""
         keys = ("lr", "decay", "norm", "momentum", "weight_decay", "maximize")
         groups = self._optimizer.param_groups
-        settings = [(len(group["params"]), *(group.get(key) for key in keys)) for group in groups]
+        settings = [
+            (
+                tuple(map(id, group["params"])),
+                *(float(value) if isinstance(value := group.get(key), Tensor) else value for key in keys),
+            )
+            for group in groups
+        ]
         # One group moves all of its parameters alike, whatever its rate.
         return (settings[0][0], *settings[0][2:]) if len(settings) == 1 else tuple(settings)
 
@@ -136,7 +143,7 @@ class Moves:
     def clock(self) -> int:
         """Return k, the number of steps that a NormalizedGD has taken."""
         for state in self._optimizer.state.values():
-            if "step" in state:
+            if isinstance(state, dict) and "step" in state:
                 return int(state["step"])
         return 0
 

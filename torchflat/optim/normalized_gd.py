@@ -6,12 +6,12 @@ import functools
 import math
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiable
 
 from torchflat import ops
@@ -146,9 +146,16 @@ class NormalizedGD(Optimizer):
         """Add a group; it shares the count of steps of the others.
 
         Raises:
-            ValueError: FSDP1 has flattened a parameter, so that this process has a part of it of unknown norm.
+            ValueError: FSDP1 has flattened a parameter, so that this process has a part of it of unknown norm; or two
+                parameters are the same memory, so that their gradients are only parts of its gradient.
         """
         super().add_param_group(param_group)
+        if _same_memory(p for group in self.param_groups for p in group["params"]):
+            self.param_groups.pop()
+            raise ValueError(
+                "two parameters share their memory, so that neither has the gradient of it: tie weights by assigning "
+                "the parameter, as in `decoder.weight = encoder.weight`, and not its `.data`"
+            )
         if any(getattr(p, "_fsdp_flattened", False) for p in self.param_groups[-1]["params"]):
             self.param_groups.pop()
             raise ValueError(
@@ -167,9 +174,13 @@ class NormalizedGD(Optimizer):
     @property
     def _clock(self) -> Tensor:
         """The count of steps, k."""
-        first = next(p for group in self.param_groups for p in group["params"])  # a group may have none
-        clock: Tensor = self.state[first]["step"]
+        clock: Tensor = self.state[self._first]["step"]
         return clock
+
+    @property
+    def _first(self) -> Tensor:
+        first: Tensor = next(p for group in self.param_groups for p in group["params"])  # a group may have none
+        return first
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -220,7 +231,7 @@ class NormalizedGD(Optimizer):
                 grads.append(grad)
         if not params:
             return
-        if "step" not in self.state[params[0]]:
+        if "step" not in self.state[params[0]] or "step" not in self.state[self._first]:
             self._share_clock()
         clocks.append(self._clock)
         if group["momentum"]:
@@ -234,8 +245,7 @@ class NormalizedGD(Optimizer):
         """Let the states of all parameters hold one and the same count of steps: the largest that there was, or 0."""
         states = [state for state in self.state.values() if isinstance(state, dict)]  # hooks may add other things
         k = max((float(state["step"]) for state in states if "step" in state), default=0.0)
-        group = self.param_groups[0]
-        device = group["params"][0].device if group["capturable"] else "cpu"
+        device = self._first.device if self.param_groups[0]["capturable"] else "cpu"
         clock = torch.full((), k, dtype=torch.float32, device=device)
         for group in self.param_groups:
             for p in group["params"]:
@@ -254,9 +264,12 @@ class NormalizedGD(Optimizer):
             return False
         alpha, beta = lot.factors(self._clock.item())
         norm = ops.normalized_step_(group["params"], alpha, beta)
-        if norm is None or not math.isfinite(norm):  # which moves nothing
+        if norm is None:
             return False
-        self._clock.add_(1)
+        if math.isfinite(norm):
+            self._clock.add_(1)
+        else:
+            self._refuse([lot])
         return True
 
     def _move_at_once(self, lots: Sequence[_Share], clock: Tensor) -> bool:
@@ -391,7 +404,8 @@ class _Share:
 
     def move(self, directions: list[Tensor], length: float | Tensor, by: Tensor, finite: Tensor | None) -> None:
         """Move by ``length`` along what is divided by ``by``; nowhere if that is 0 or ``finite`` is not true."""
-        length = torch.as_tensor(length, dtype=by.dtype)
+        # A number is put on the CPU, and not on what may be the default device.
+        length = torch.as_tensor(length, dtype=by.dtype, device=length.device if isinstance(length, Tensor) else "cpu")
         if length.device.type != "cpu":  # those of the CPU go to any device, unasked
             length = length.to(by.device)
         goes = by > 0 if finite is None else (by > 0) & finite
@@ -415,6 +429,16 @@ class _Share:
             largest = min(torch.finfo(each.dtype).max for each in directions)
             alpha = alpha.clamp(-largest, largest)
         step(self.params, directions, alpha, beta)
+
+
+def _same_memory(params: Iterable[Tensor]) -> bool:
+    """Whether two of the parameters are the same memory, as far as plain tensors show theirs."""
+    plain = {
+        id(p): (p.device, p.data_ptr())
+        for p in params
+        if type(p) in (Tensor, nn.Parameter) and p.layout is torch.strided and p.device.type != "meta" and p.numel()
+    }
+    return len(set(plain.values())) < len(plain)
 
 
 def _depth_of_caller() -> int:

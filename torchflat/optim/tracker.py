@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torchflat import ops
 from torchflat.errors import UsageError
 from torchflat.objective import Objective
-from torchflat.objective.evaluation import unwrapped
+from torchflat.objective.evaluation import first_line, unwrapped
 from torchflat.optim import history
 from torchflat.optim.account import Account
 from torchflat.optim.alarms import Alarm, Watch, warn
@@ -253,6 +253,7 @@ class Tracker:
                 self._pending[-1].loss = loss
             else:
                 self._history["loss"][-1] = float(loss)
+                self._say(self._watch.look(self._history.row(-1), self._history))
 
     def flush(self) -> None:
         """Work out the rows of all steps that have ended, and say what is amiss.
@@ -272,6 +273,9 @@ class Tracker:
                 row["norm_bound"] = bound
             self._history.add(row)
             alarms += self._watch.look(row, self._history)
+        self._say(alarms)
+
+    def _say(self, alarms: Iterable[Alarm]) -> None:
         for alarm in alarms:
             self._log(alarm)
 
@@ -330,8 +334,9 @@ class Tracker:
             if self._example is None:
                 raise UsageError("the model was not called before its first step: give example_input=")
             return laws(self.model, self._example, mode="train" if self.model.training else "eval")
-        except UsageError as error:
-            alarm = Alarm(self.steps, "untracked", "laws", f"no laws were found, and no balance is tracked: {error}")
+        except (UsageError, RuntimeError) as error:  # whatever torch cannot export or differentiate still trains
+            reason = first_line(error)
+            alarm = Alarm(self.steps, "untracked", "laws", f"no laws were found, and no balance is tracked: {reason}")
             self._watch.alarms.append(alarm)
             self._log(alarm)
             return Laws(())
@@ -375,6 +380,7 @@ class Tracker:
         if self._follower and state["follower"]:
             self._follower.load_state_dict(state["follower"])
         self._loaded = state["account"]
+        self._setting = None  # whether steps are plain is seen anew
         if self._account is not None and self._loaded:
             self._account.load_state_dict(self._loaded)
 
