@@ -6,13 +6,13 @@ import math
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from benchmarks.records import Records
+from torchflat.drawing import BLUE, GREEN, GREY, INK, ORANGE, panels, powers
 
 __all__ = ["draw"]
 
-COLORS = {"torchflat": "C0", "pyhessian": "C1", "curvlinops": "C2", "hessian-eigenthings": "C3"}
+COLORS = {"torchflat": BLUE, "pyhessian": ORANGE, "curvlinops": GREEN, "hessian-eigenthings": GREY}
 KEYS = {"pyhessian": "tol", "curvlinops": "tol", "hessian-eigenthings": "max_iter"}
 LEAST = 1e-7
 
@@ -23,18 +23,17 @@ def draw(records: Records, folder: Path) -> None:
     places = [(network, records.sizes(network)[-1]) for network in networks if records.sizes(network)]
     if not places:
         return
-    figure = Figure(figsize=(11, 3.2 * len(places)), layout="constrained")
-    panels = figure.subplots(len(places), 2, squeeze=False)
-    for (network, rows), (left, right) in zip(places, panels, strict=True):
-        convergence(left, records, network, rows)
-        left.set_title(f"{network}, {rows} rows", loc="left")
-        bars(right, records, network, rows)
-    for suffix in (".png", ".svg"):
-        figure.savefig(folder.with_suffix(suffix), dpi=150)
+    with panels(12, 4 * len(places), rows=len(places), columns=2) as (figure, axes):
+        for (network, rows), left, right in zip(places, axes[::2], axes[1::2], strict=True):
+            convergence(left, records, network, rows)
+            left.set_title(f"{network}, {rows} rows", loc="left")
+            bars(right, records, network, rows)
+        for suffix in (".png", ".svg"):
+            figure.savefig(folder.with_suffix(suffix), dpi=150)
 
 
 def convergence(panel: Axes, records: Records, network: str, rows: int) -> None:
-    """Draw torchflat's error and width along its default run, and each peer's error at each of its settings."""
+    """Draw torchflat's error and width along its default run, and each peer's error in the color of its bar."""
     truth, own = records.truth(network, rows), records.find(network, rows, "torchflat")
     if truth is not None and own is not None:
         unit = own["seconds"] / own["gradients"]
@@ -48,10 +47,12 @@ def convergence(panel: Axes, records: Records, network: str, rows: int) -> None:
         runs = [run for run in records.of(network, rows, peer, key) if run["value"] is not None]
         points = sorted((run["gradients"], max(records.error(run), LEAST)) for run in runs)
         if points:
-            panel.plot(*zip(*points, strict=True), "D:", color=COLORS[peer], label=f"{peer}, error")
-    panel.axhline(1e-3, color="grey", linewidth=0.8)
-    panel.set(xscale="log", yscale="log", xlabel="time in gradients", ylabel="relative to λ₁")
-    panel.legend(fontsize=7)
+            panel.plot(*zip(*points, strict=True), "D:", color=COLORS[peer])
+    panel.axhline(1e-3, color=INK, linewidth=0.8)
+    powers(panel, "x", panel.dataLim.x0 / 1.25, 1.25 * panel.dataLim.x1)
+    powers(panel, "y", panel.dataLim.y0 / 3, 3 * panel.dataLim.y1)
+    panel.set(xlabel="time in gradients", ylabel="relative to λ₁")
+    panel.legend()
 
 
 def bars(panel: Axes, records: Records, network: str, rows: int) -> None:
@@ -73,4 +74,4 @@ def bars(panel: Axes, records: Records, network: str, rows: int) -> None:
     panel.set_yticks(range(len(shown)), list(shown))
     panel.invert_yaxis()
     panel.margins(x=0.2)
-    panel.set(xlabel="time in gradients: to the value (full), to the interval (pale)")
+    panel.set(xlabel="time in gradients; pale: to the interval", title="to the value")
