@@ -63,7 +63,7 @@ def objective(problem: Problem, setting: Setting) -> Objective:
 
 def torchflat_product(problem: Problem, setting: Setting) -> Callable[[], object]:
     f = objective(problem, setting)
-    v = torch.randn(f.n)
+    v = torch.ones(f.n)  # the same on every process
     return lambda: f.hvp(v)
 
 
